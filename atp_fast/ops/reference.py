@@ -1,0 +1,250 @@
+"""The definition of every op, in plain PyTorch: readable, vectorised, float64-capable.
+
+Notation (ALGORITHMS: arXiv 2403.00745, restated in docs/algorithms.md). For one query row i: logits s_ij,
+p = softmax(s), z_i = sum_j p_ij v_j, g_i = dm/dz_i, r_ij = g_i . v_j, D_i = g_i . z_i. Everything is computed
+in float32 for narrow and float32 inputs, in float64 for float64 inputs; gradients are cast to the dtype of
+grad_z at the end, effects stay wide.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionStats(NamedTuple):
+    """Per query row, what the backward pass and the stable key fix need, in the accumulation dtype.
+
+    z: attention output, (batch, heads, queries, v_dim), before rounding to the input dtype;
+    logsumexp: over admissible keys and the sink, (batch, heads, queries), -inf where there are none;
+    top_key: the key with the largest logit, int64, -1 where no key is admissible;
+    loo_logsumexp: logsumexp over everything but top_key (other keys, sink), -inf where nothing else is;
+    loo_z: mean of v over everything but top_key (a sink has value 0), 0 where nothing else is.
+    """
+
+    z: Tensor
+    logsumexp: Tensor
+    top_key: Tensor
+    loo_logsumexp: Tensor
+    loo_z: Tensor
+
+
+class AttentionEffects(NamedTuple):
+    """Gradients (C, batch, heads, positions, dim) and signed effects (C, batch, positions, heads)."""
+
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+    effect_q: Tensor
+    effect_k: Tensor
+
+
+class Scoring(NamedTuple):
+    """How a query and a key become a logit; the fields of every attention op, checked."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    key_mask: Tensor | None
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x))
+
+
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """(batch, kv_heads, ...) -> (batch, heads, ...): each key/value head serves a run of query heads."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
+
+
+def ungrouped(x: Tensor, kv_heads: int, dim: int) -> Tensor:
+    """Sum over the query heads of each key/value head along dim."""
+    return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads)).sum(dim + 1)
+
+
+def admissible(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+    """Which keys each query may attend to, bool, broadcastable to (batch, heads, queries, keys).
+
+    The queries are the last ones: query i stands at position i + keys - queries.
+    """
+    queries, keys = q.shape[-2], k.shape[-2]
+    distance = (torch.arange(queries, device=q.device) + keys - queries)[:, None] - torch.arange(
+        keys, device=q.device
+    )
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if scoring.causal:
+        allowed &= distance >= 0
+    if scoring.window is not None:
+        allowed &= distance < scoring.window
+    if scoring.key_mask is not None:
+        return allowed & scoring.key_mask[:, None, None, :]
+    return allowed[None, None]
+
+
+def score_derivative(q: Tensor, k: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | float]:
+    """Unmasked logits (batch, heads, queries, keys) and their derivative by the raw product q . k."""
+    raw = scoring.scale * (wide(q) @ wide(grouped(k, q.shape[1])).transpose(-1, -2))
+    if scoring.softcap is None:
+        return raw, scoring.scale
+    squashed = torch.tanh(raw / scoring.softcap)
+    return scoring.softcap * squashed, scoring.scale * (1 - squashed.square())
+
+
+def logits(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+    """Masked logits, -inf where a key is not admissible."""
+    return score_derivative(q, k, scoring)[0].masked_fill(~admissible(q, k, scoring), -torch.inf)
+
+
+def sink_logits(q: Tensor, scoring: Scoring) -> Tensor:
+    """The sink's logit of every row, (batch, heads, queries, 1); -inf without sinks."""
+    batch, heads, queries, _ = q.shape
+    dtype = accumulation_dtype(q)
+    if scoring.sinks is None:
+        return torch.full((batch, heads, queries, 1), -torch.inf, dtype=dtype, device=q.device)
+    return scoring.sinks.to(dtype)[None, :, None, None].expand(batch, heads, queries, 1)
+
+
+def softmax_and_logsumexp(scores: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights on the keys (a row with nothing to attend to gets zeros) and the rows' logsumexp."""
+    everything = torch.cat([scores, sink], -1)
+    lse = torch.logsumexp(everything, -1)
+    finite = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
+    return torch.exp(scores - finite[..., None]), lse
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> tuple[Tensor, AttentionStats]:
+    """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
+    values = wide(grouped(v, q.shape[1]))
+    scores, sink = logits(q, k, scoring), sink_logits(q, scoring)
+    probs, lse = softmax_and_logsumexp(scores, sink)
+    z = probs @ values
+    if scores.shape[-1] == 0:
+        top = torch.full(lse.shape, -1, dtype=torch.int64, device=q.device)
+        return z.to(q.dtype), AttentionStats(z, lse, top, sink[..., 0].clone(), torch.zeros_like(z))
+    best, top = scores.max(-1)
+    others = scores.scatter(-1, top[..., None], -torch.inf)
+    loo_probs, loo_lse = softmax_and_logsumexp(others, sink)
+    top = torch.where(torch.isneginf(best), -1, top)
+    return z.to(q.dtype), AttentionStats(z, lse, top, loo_lse, loo_probs @ values)
+
+
+def attention_vjp(
+    q: Tensor, k: Tensor, v: Tensor, stats: AttentionStats, grad_z: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_q, grad_k, grad_v) of sum(z * grad_z) for every cotangent.
+
+    dV = P^T g,  dP = g v^T,  dS = P (dP - D) ds/d(q.k),  dQ = dS k,  dK = dS^T q.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    g = wide(grad_z)
+    scores, slope = score_derivative(q, k, scoring)
+    scores = scores.masked_fill(~admissible(q, k, scoring), -torch.inf)
+    probs = softmax_and_logsumexp(scores, sink_logits(q, scoring))[0]
+    dp = g @ wide(grouped(v, heads)).transpose(-1, -2)
+    d = (g * stats.z).sum(-1, keepdim=True)
+    ds = probs * (dp - d) * slope
+    grad_q = ds @ wide(grouped(k, heads))
+    grad_k = ungrouped(ds.transpose(-1, -2) @ wide(q), kv_heads, 2)
+    grad_v = ungrouped(probs.transpose(-1, -2) @ g, kv_heads, 2)
+    return grad_q.to(grad_z.dtype), grad_k.to(grad_z.dtype), grad_v.to(grad_z.dtype)
+
+
+def query_patch_effects(
+    q: Tensor, k: Tensor, v: Tensor, q_corrupted: Tensor, grad_z: Tensor, scoring: Scoring
+) -> Tensor:
+    """I_Q(i) = sum_j (p'_ij - p_ij) r_ij = g_i . (z'_i - z_i), signed, (C, batch, queries, heads)."""
+    values = wide(grouped(v, q.shape[1]))
+    sink = sink_logits(q, scoring)
+    probs = softmax_and_logsumexp(logits(q, k, scoring), sink)[0]
+    patched = softmax_and_logsumexp(logits(q_corrupted, k, scoring), sink)[0]
+    return (wide(grad_z) * ((patched - probs) @ values)).sum(-1).transpose(-1, -2)
+
+
+def sigmoid_difference(x: Tensor, change: Tensor) -> Tensor:
+    """sigmoid(x + change) - sigmoid(x) without cancellation.
+
+    = sigmoid(x) sigmoid(-y) expm1(change) = sigmoid(y) sigmoid(-x) (-expm1(-change)), y = x + change:
+    the first form for a fall, the second for a rise, so that no factor overflows.
+    """
+    y = x + change
+    rise = torch.sigmoid(y) * torch.sigmoid(-x) * -torch.expm1(-change.clamp(min=0))
+    fall = torch.sigmoid(x) * torch.sigmoid(-y) * torch.expm1(change.clamp(max=0))
+    return torch.where(change > 0, rise, fall)
+
+
+def key_patch_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_corrupted: Tensor,
+    grad_z: Tensor,
+    stats: AttentionStats,
+    scoring: Scoring,
+) -> Tensor:
+    """I_K(j) = sum over the rows i that see key j of (a' - a) (r_ij - mean of r over the row's other keys).
+
+    a = p_ij, a' = its value when key j alone is replaced. For a key that is not its row's largest, 1 - a >= 1/2
+    and (a' - a)/(1 - a) (r_ij - D_i) is exact enough; for the largest one a comes from the leave-one-out
+    statistics, a = sigmoid(s - loo_logsumexp), and the mean over the other keys is g_i . loo_z_i.
+    Signed, (C, batch, keys, kv_heads); the query heads of a group are summed.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    g = wide(grad_z)
+    if k.shape[-2] == 0:
+        return g.new_zeros((g.shape[0], q.shape[0], 0, kv_heads))
+    allowed = admissible(q, k, scoring)
+    s = score_derivative(q, k, scoring)[0]
+    change = (score_derivative(q, k_corrupted, scoring)[0] - s).masked_fill(~allowed, 0)
+    lse = torch.where(torch.isneginf(stats.logsumexp), 0, stats.logsumexp)[..., None]
+    a = torch.exp(s.masked_fill(~allowed, -torch.inf) - lse)
+
+    # every key as if it were not the largest: weight (a' - a)/(1 - a), r against the row's mean
+    others = torch.where(allowed, s - lse - torch.log1p(-a.clamp(max=0.75)), 0)
+    weight = sigmoid_difference(others, change) / (1 - a.clamp(max=0.75))
+    is_top = torch.zeros_like(a, dtype=torch.bool)
+    is_top.scatter_(-1, stats.top_key.clamp(min=0)[..., None], (stats.top_key >= 0)[..., None])
+    from_largest = torch.where(is_top, s - stats.loo_logsumexp[..., None], 0)
+    weight = torch.where(is_top, sigmoid_difference(from_largest, change), weight)
+    weight = weight.masked_fill(~allowed, 0)
+
+    r = g @ wide(grouped(v, heads)).transpose(-1, -2)
+    mean = (g * stats.z).sum(-1, keepdim=True)
+    loo_mean = (g * stats.loo_z).sum(-1, keepdim=True)
+    effect = (weight * (r - torch.where(is_top, loo_mean, mean))).sum(-2)
+    return ungrouped(effect, kv_heads, 2).transpose(-1, -2)
+
+
+def attention_vjp_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_corrupted: Tensor,
+    k_corrupted: Tensor,
+    stats: AttentionStats,
+    grad_z: Tensor,
+    scoring: Scoring,
+) -> AttentionEffects:
+    """attention_vjp, query_patch_effects and key_patch_effects of the same inputs together."""
+    return AttentionEffects(
+        *attention_vjp(q, k, v, stats, grad_z, scoring),
+        query_patch_effects(q, k, v, q_corrupted, grad_z, scoring),
+        key_patch_effects(q, k, v, k_corrupted, grad_z, stats, scoring),
+    )
+
+
+def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
+    """I = sum over the last axis of delta * grad, per cotangent; with weights, sum over C of w |I|."""
+    effect = (wide(delta) * wide(grad)).sum(-1)
+    if weights is None:
+        return effect
+    return torch.tensordot(weights.to(effect.dtype), effect.abs(), dims=1)
