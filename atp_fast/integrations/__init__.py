@@ -1,0 +1,1 @@
+"""Scores in and out of other interpretability libraries, by name and shape."""

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as atp_fast.kernels; importing this package alone does not import triton."""
