@@ -1,0 +1,197 @@
+"""From text to token ids: prompts with their BOS, answers that must be one token, pairs that must line up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; every tokenizer of transformers has it."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+    unk_token_id: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as token ids; wrong_answer is None where none was given."""
+
+    clean: list[int]
+    corrupted: list[int]
+    answer: int
+    wrong_answer: int | None
+    tokens: list[str]
+    corrupted_tokens: list[str]
+
+
+class Encoder:
+    """A tokenizer that puts BOS first (where it has one, never twice) and appends nothing.
+
+    A tokenizer that adds a prefix of its own (`[gMASK]<sop>`, `<s>`) keeps it; one that has a BOS but does not
+    add it (GPT-2, Pythia) gets it added. prepend_bos=False gives the bare text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prepend_bos: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.prefix = self._prefix() if prepend_bos else []
+        self._text: dict[int, str] = {}
+        self._alone: dict[str, list[int]] = {}
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        # Many tokenizers reuse BOS or EOS as padding or as "unknown"; only a token of its own marks unknown words.
+        self.unknown = {
+            i
+            for i in (tokenizer.unk_token_id, tokenizer.pad_token_id)
+            if i is not None and i not in ends
+        }
+
+    def _prefix(self) -> list[int]:
+        bare = list(self.tokenizer(["a"], add_special_tokens=False)["input_ids"][0])
+        full = list(self.tokenizer(["a"], add_special_tokens=True)["input_ids"][0])
+        for start in range(len(full) - len(bare) + 1):
+            if start and full[start : start + len(bare)] == bare:
+                return full[:start]
+        bos = self.tokenizer.bos_token_id
+        return [] if bos is None else [int(bos)]
+
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token."""
+        if not texts:
+            return []
+        return [
+            list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ]
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def alone(self, text: str) -> list[int]:
+        if text not in self._alone:
+            self._alone[text] = self.bare([text])[0]
+        return self._alone[text]
+
+    def text(self, token: int) -> str:
+        if token not in self._text:
+            self._text[token] = str(
+                self.tokenizer.decode(
+                    [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
+        return self._text[token]
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        return [self.text(token) for token in ids]
+
+    def answer_token(
+        self, name: str, answer: str, prompt: str, prompt_ids: list[int], joint: list[int]
+    ) -> int:
+        """The one token of an answer: as it follows its prompt, or else as it stands alone.
+
+        joint: ids of prompt + answer. ValueError, saying what the answer splits into, if it is not one token.
+        """
+        if not answer:
+            raise ValueError(f"{name} must be one token, got an empty string")
+        follows = joint[: len(prompt_ids)] == prompt_ids and len(joint) == len(prompt_ids) + 1
+        ids = [joint[-1]] if follows and joint[-1] not in self.unknown else self.alone(answer)
+        spaced = [] if answer[0].isspace() else self.alone(" " + answer)
+        if len(ids) != 1:
+            hint = (
+                f"; {' ' + answer!r} is one token: write the leading space"
+                if len(spaced) == 1
+                else ""
+            )
+            raise ValueError(
+                f"{name} must be one token, got {answer!r}, which splits into {self.texts(ids)}{hint}"
+            )
+        if ids[0] in self.unknown:
+            raise ValueError(f"{name} must be a word the tokenizer knows, got {answer!r}")
+        # After " to", the word "Mary" is a token that no model predicts: " Mary" is what was meant.
+        if answer[0].isalpha() and prompt[-1].isalnum() and len(spaced) == 1 and spaced != ids:
+            warnings.warn(
+                f"{name} {answer!r} has no leading space, so it is another token than {' ' + answer!r}, "
+                "which is what would follow the prompt",
+                stacklevel=2,
+            )
+        return ids[0]
+
+
+def encode_pairs(
+    encoder: Encoder,
+    clean: Sequence[str],
+    corrupted: Sequence[str],
+    answers: Sequence[str | int],
+    wrong_answers: Sequence[str | int] | None,
+    name: Callable[[int], str],
+) -> list[EncodedPair | ValueError]:
+    """Each pair encoded, or the ValueError that says why it cannot be.
+
+    An answer given as an int is a token id already. name(i) is what errors call pair i.
+    """
+    pairs = len(clean)
+    ids = encoder.bare([*clean, *corrupted])
+    wrongs: Sequence[str | int | None] = [None] * pairs if wrong_answers is None else wrong_answers
+    given = [
+        (i, a) for column in (answers, wrongs) for i, a in enumerate(column) if isinstance(a, str)
+    ]
+    joints = encoder.bare([clean[i] + answer for i, answer in given])
+    joint = {(i, answer): tokens for (i, answer), tokens in zip(given, joints, strict=True)}
+
+    def token(i: int, role: str, answer: str | int | None) -> int | None:
+        if not isinstance(answer, str):
+            return answer
+        return encoder.answer_token(
+            f"{role} of {name(i)}", answer, clean[i], ids[i], joint[i, answer]
+        )
+
+    def encode(i: int) -> EncodedPair:
+        for side, text, tokens in (
+            ("clean", clean[i], ids[i]),
+            ("corrupted", corrupted[i], ids[pairs + i]),
+        ):
+            if not tokens:
+                raise ValueError(f"{side} prompt of {name(i)} must not be empty, got {text!r}")
+            if encoder.unknown.intersection(tokens):
+                raise ValueError(
+                    f"{side} prompt of {name(i)} must hold words the tokenizer knows, got {text!r}, "
+                    f"which it reads as {encoder.texts(tokens)}"
+                )
+        one, other = encoder.with_prefix(ids[i]), encoder.with_prefix(ids[pairs + i])
+        if len(one) != len(other):
+            raise ValueError(_mismatch(name(i), encoder.texts(one), encoder.texts(other)))
+        answer, wrong = token(i, "answer", answers[i]), token(i, "wrong answer", wrongs[i])
+        assert answer is not None
+        if answer == wrong:
+            raise ValueError(
+                f"wrong answer of {name(i)} must differ from its answer, got {encoder.text(answer)!r} for both"
+            )
+        return EncodedPair(one, other, answer, wrong, encoder.texts(one), encoder.texts(other))
+
+    encoded: list[EncodedPair | ValueError] = []
+    for i in range(pairs):
+        try:
+            encoded.append(encode(i))
+        except ValueError as error:
+            encoded.append(error)
+    return encoded
+
+
+def _mismatch(name: str, clean: list[str], corrupted: list[str]) -> str:
+    """Both tokenisations around the first difference."""
+    common = next(
+        (i for i, (a, b) in enumerate(zip(clean, corrupted, strict=False)) if a != b), None
+    )
+    first = min(len(clean), len(corrupted)) if common is None else common
+    around = slice(max(0, first - 2), first + 4)
+    return (
+        f"{name} must have as many tokens in the corrupted prompt as in the clean one, got {len(clean)} clean and "
+        f"{len(corrupted)} corrupted; from token {around.start} on: clean {clean[around]}, "
+        f"corrupted {corrupted[around]}"
+    )

@@ -1,0 +1,635 @@
+"""Prompt pairs: clean and corrupted token ids of equal length, their answers, and where they come from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from atp_fast.encoding import EncodedPair, Encoder, Tokenizer, encode_pairs
+from atp_fast.files import written_whole
+
+PaddingSide = Literal["right", "left"]
+
+
+class PromptPairs:
+    """Pairs of prompts with equal token counts, and the token each clean prompt should be followed by.
+
+    clean_ids, corrupted_ids: token ids, (pairs, positions), integer;
+    answer_ids, wrong_answer_ids: one token id per pair, (pairs,); wrong answers may be left out;
+    attention_mask: (pairs, positions), True (or 1) on real tokens, which must be one run per row; both prompts of a
+    pair share it; all real when None;
+    tokens, corrupted_tokens: for each pair the text of its real tokens, for labels.
+    Derived, all (pairs,): lengths, real tokens; starts and last, columns of the first and last real token;
+    split, leading real tokens that both prompts share (the length when the prompts are identical).
+    Raises TypeError or ValueError naming what does not fit; warns when a pair's prompts are identical.
+    """
+
+    def __init__(
+        self,
+        clean_ids: Tensor,
+        corrupted_ids: Tensor,
+        answer_ids: Tensor,
+        wrong_answer_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tokens: Sequence[Sequence[str]] | None = None,
+        corrupted_tokens: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        self.clean_ids = _ids("clean_ids", clean_ids)
+        if self.clean_ids.ndim != 2:
+            raise ValueError(
+                f"clean_ids must be (pairs, positions), got shape {tuple(clean_ids.shape)}"
+            )
+        if 0 in self.clean_ids.shape:
+            raise ValueError(
+                f"clean_ids must hold at least one pair and one position, got shape {tuple(clean_ids.shape)}"
+            )
+        pairs, positions = self.clean_ids.shape
+        like = self.clean_ids
+        self.corrupted_ids = _ids("corrupted_ids", corrupted_ids, (pairs, positions), like)
+        self.answer_ids = _ids("answer_ids", answer_ids, (pairs,), like)
+        self.wrong_answer_ids = (
+            None
+            if wrong_answer_ids is None
+            else _ids("wrong_answer_ids", wrong_answer_ids, (pairs,), like)
+        )
+        if self.wrong_answer_ids is not None:
+            same = (self.answer_ids == self.wrong_answer_ids).nonzero().flatten().tolist()
+            if same:
+                raise ValueError(
+                    f"wrong_answer_ids must differ from answer_ids, got {int(self.answer_ids[same[0]])} for both "
+                    f"in pair {same[0]}"
+                )
+        self.attention_mask = _mask(attention_mask, self.clean_ids)
+        self.tokens = _labels("tokens", tokens, self.lengths)
+        self.corrupted_tokens = _labels("corrupted_tokens", corrupted_tokens, self.lengths)
+        identical = (self.split == self.lengths).nonzero().flatten().tolist()
+        if identical:
+            which = ", ".join(str(i) for i in identical[:8]) + (
+                ", ..." if len(identical) > 8 else ""
+            )
+            warnings.warn(
+                f"clean and corrupted prompt are identical in {len(identical)} of {pairs} pairs ({which}): "
+                "every effect there is zero",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        clean: Sequence[str],
+        corrupted: Sequence[str],
+        answers: Sequence[str],
+        wrong_answers: Sequence[str] | None = None,
+        padding_side: PaddingSide = "right",
+        prepend_bos: bool = True,
+    ) -> PromptPairs:
+        """Tokenise prompts and answers; one string per pair in each list.
+
+        An answer must be one token as it follows its clean prompt, so it usually starts with a space. BOS is put
+        first where the tokenizer has one, and never twice; prepend_bos=False leaves it out.
+        Raises ValueError naming the pair: different token counts (both tokenisations are shown), empty prompt,
+        an answer of several tokens, equal answers, words the tokenizer does not know.
+        """
+        columns = {"clean": clean, "corrupted": corrupted, "answers": answers}
+        if wrong_answers is not None:
+            columns["wrong_answers"] = wrong_answers
+        for name, column in columns.items():
+            if isinstance(column, str) or not all(isinstance(text, str) for text in column):
+                raise TypeError(f"{name} must be a list of strings, got {column!r}")
+            if len(column) != len(clean):
+                raise ValueError(
+                    f"{name} must have {len(clean)} entries as clean has, got {len(column)}"
+                )
+        encoder = Encoder(tokenizer, prepend_bos)
+        rows = encode_pairs(
+            encoder, clean, corrupted, answers, wrong_answers, lambda i: f"pair {i}"
+        )
+        return cls.from_encoded(_all_encoded(rows), padding_side=padding_side)
+
+    @classmethod
+    def from_encoded(
+        cls, rows: Sequence[EncodedPair], *, padding_side: PaddingSide = "right"
+    ) -> PromptPairs:
+        """Pad encoded pairs of different lengths to one table."""
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        if not rows:
+            raise ValueError("at least one pair is needed, got none")
+        given = [row.wrong_answer for row in rows if row.wrong_answer is not None]
+        if given and len(given) != len(rows):
+            raise ValueError(
+                f"wrong answers must be given for all pairs or for none, got {len(given)} of {len(rows)}"
+            )
+        positions = max(len(row.clean) for row in rows)
+        clean = torch.zeros(len(rows), positions, dtype=torch.long)
+        corrupted, mask = torch.zeros_like(clean), torch.zeros(clean.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            length = len(row.clean)
+            real = (
+                slice(0, length)
+                if padding_side == "right"
+                else slice(positions - length, positions)
+            )
+            clean[i, real], corrupted[i, real] = (
+                torch.tensor(row.clean),
+                torch.tensor(row.corrupted),
+            )
+            mask[i, real] = True
+        return cls(
+            clean,
+            corrupted,
+            torch.tensor([row.answer for row in rows]),
+            torch.tensor(given) if given else None,
+            attention_mask=mask,
+            tokens=[row.tokens for row in rows] if all(row.tokens for row in rows) else None,
+            corrupted_tokens=(
+                [row.corrupted_tokens for row in rows]
+                if all(row.corrupted_tokens for row in rows)
+                else None
+            ),
+        )
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        padding_side: PaddingSide = "right",
+        prepend_bos: bool = True,
+    ) -> PromptPairs:
+        """One JSON object a line: texts `clean`, `corrupted`, `answer`, `wrong_answer` (may be left out), or token
+        ids `clean_ids`, `corrupted_ids` (lists), `answer_ids`, `wrong_answer_ids` (a number, or a list of one).
+
+        Ids are taken as they are, without BOS. Raises ValueError naming file and line, OSError if it cannot be read.
+        """
+        encoder = Encoder(tokenizer, prepend_bos)
+        records: list[tuple[str, dict[str, Any]]] = []
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(_lines(file, path), start=1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    records.append((where, _record(where, line)))
+        texts = [i for i, (_, record) in enumerate(records) if "clean_ids" not in record]
+        rows: list[EncodedPair | ValueError] = []
+        if texts:
+            chosen = [records[i][1] for i in texts]
+            given = [record["wrong_answer"] for record in chosen if "wrong_answer" in record]
+            if given and len(given) != len(chosen):
+                where = next(records[i][0] for i in texts if "wrong_answer" not in records[i][1])
+                raise ValueError(f"{where} must have a wrong_answer as other lines have")
+            rows = encode_pairs(
+                encoder,
+                [record["clean"] for record in chosen],
+                [record["corrupted"] for record in chosen],
+                [record["answer"] for record in chosen],
+                given or None,
+                lambda i: records[texts[i]][0],
+            )
+        encoded = dict(zip(texts, _all_encoded(rows), strict=True))
+        if not records:
+            raise ValueError(f"{path} must hold at least one pair, got an empty file")
+        return cls.from_encoded(
+            [
+                encoded[i] if i in encoded else _encoded_ids(where, record, encoder)
+                for i, (where, record) in enumerate(records)
+            ],
+            padding_side=padding_side,
+        )
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        padding_side: PaddingSide = "right",
+        prepend_bos: bool = True,
+    ) -> PromptPairs:
+        """EAP-IG's CSV files, with columns clean, corrupted and either correct_idx, incorrect_idx or label.
+
+        correct_idx and incorrect_idx are token ids of the tokenizer that the file was made with: a warning says so
+        when an IOI answer (a file with corrupted_hard) is not in its own prompt under this tokenizer. label is the
+        answer's text, or, on greater-than prompts, the two-digit year: then the answer is a later year and the
+        wrong answer an earlier one (see `year_answers`). Raises ValueError naming file and line.
+        """
+        encoder = Encoder(tokenizer, prepend_bos)
+        clean, corrupted, places = [], [], []
+        answers: list[str | int] = []
+        wrongs: list[str | int] = []
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(_lines(file, path))
+            fields = set(reader.fieldnames or ())
+            by_ids = {"correct_idx", "incorrect_idx"} <= fields
+            if not {"clean", "corrupted"} <= fields or not (by_ids or "label" in fields):
+                raise ValueError(
+                    f"{path} must have columns clean, corrupted and correct_idx, incorrect_idx or label, "
+                    f"got {', '.join(reader.fieldnames or ()) or 'none'}"
+                )
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                needed = (
+                    "clean",
+                    "corrupted",
+                    *(("correct_idx", "incorrect_idx") if by_ids else ("label",)),
+                )
+                for field in needed:
+                    if not row[field]:
+                        raise ValueError(f"{where} must have a value for {field}, got none")
+                if by_ids:
+                    pair: tuple[str | int, ...] = (
+                        _csv_id(where, "correct_idx", row["correct_idx"]),
+                        _csv_id(where, "incorrect_idx", row["incorrect_idx"]),
+                    )
+                elif row["label"].strip().isdigit():
+                    pair = year_answers(encoder, row["clean"], int(row["label"]), where)
+                else:
+                    pair = (row["label"],)
+                clean.append(row["clean"])
+                corrupted.append(row["corrupted"])
+                answers.append(pair[0])
+                wrongs.extend(pair[1:])
+                places.append(where)
+        if not places:
+            raise ValueError(f"{path} must hold at least one pair, got none")
+        if wrongs and len(wrongs) != len(answers):
+            raise ValueError(f"{path} must have labels of one kind: years or answers, got both")
+        if by_ids and "corrupted_hard" in fields:
+            _check_ioi_answers(path, encoder, clean, answers)
+        rows = encode_pairs(encoder, clean, corrupted, answers, wrongs or None, lambda i: places[i])
+        return cls.from_encoded(_all_encoded(rows), padding_side=padding_side)
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write the pairs as token ids, one JSON object a line, so that from_jsonl gives them back."""
+        with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for i in range(len(self)):
+                real = self.attention_mask[i]
+                record: dict[str, Any] = {
+                    "clean_ids": self.clean_ids[i][real].tolist(),
+                    "corrupted_ids": self.corrupted_ids[i][real].tolist(),
+                    "answer_ids": int(self.answer_ids[i]),
+                }
+                if self.wrong_answer_ids is not None:
+                    record["wrong_answer_ids"] = int(self.wrong_answer_ids[i])
+                file.write(json.dumps(record) + "\n")
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.attention_mask.sum(1)
+
+    @property
+    def starts(self) -> Tensor:
+        return self.attention_mask.int().argmax(1)
+
+    @property
+    def last(self) -> Tensor:
+        return self.starts + self.lengths - 1
+
+    @property
+    def split(self) -> Tensor:
+        differs = (self.clean_ids != self.corrupted_ids) & self.attention_mask
+        first = differs.int().argmax(1) - self.starts
+        return torch.where(differs.any(1), first, self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.clean_ids.device
+
+    def __len__(self) -> int:
+        return self.clean_ids.shape[0]
+
+    def __repr__(self) -> str:
+        pairs, positions = self.clean_ids.shape
+        wrong = "with" if self.wrong_answer_ids is not None else "without"
+        return f"PromptPairs({pairs} pairs, {positions} positions, {wrong} wrong answers)"
+
+    def __iter__(self) -> Iterator[PromptPairs]:
+        """Each pair, as PromptPairs of one."""
+        return (self[[i]] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
+        """Some of the pairs, in the order given; an int gives PromptPairs of one pair."""
+        numbers = torch.arange(len(self))
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+            index = [index]
+        chosen = numbers[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
+        if chosen.numel() == 0:
+            raise ValueError("index must choose at least one pair, got none")
+        rows, at = chosen.tolist(), chosen.to(self.device)
+        return self._with(
+            clean_ids=self.clean_ids[at],
+            corrupted_ids=self.corrupted_ids[at],
+            answer_ids=self.answer_ids[at],
+            wrong_answer_ids=None if self.wrong_answer_ids is None else self.wrong_answer_ids[at],
+            attention_mask=self.attention_mask[at],
+            tokens=None if self.tokens is None else [self.tokens[i] for i in rows],
+            corrupted_tokens=None
+            if self.corrupted_tokens is None
+            else [self.corrupted_tokens[i] for i in rows],
+        )
+
+    def swapped(self) -> PromptPairs:
+        """Clean and corrupted exchanged, answers kept: what denoising runs on."""
+        return self._with(
+            clean_ids=self.corrupted_ids,
+            corrupted_ids=self.clean_ids,
+            tokens=self.corrupted_tokens,
+            corrupted_tokens=self.tokens,
+        )
+
+    def right_padded(self) -> PromptPairs:
+        """The same pairs in the same width, every row's real tokens starting at column 0; padding holds token 0."""
+        positions = self.clean_ids.shape[1]
+        columns = torch.arange(positions, device=self.device)
+        mask = columns < self.lengths[:, None]
+        source = (self.starts[:, None] + columns).clamp(max=positions - 1)
+        return self._with(
+            clean_ids=self.clean_ids.gather(1, source).masked_fill(~mask, 0),
+            corrupted_ids=self.corrupted_ids.gather(1, source).masked_fill(~mask, 0),
+            attention_mask=mask,
+        )
+
+    def to(self, device: torch.device | str) -> PromptPairs:
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("clean_ids", "corrupted_ids", "answer_ids", "attention_mask")
+        }
+        wrong = None if self.wrong_answer_ids is None else self.wrong_answer_ids.to(device)
+        return self._with(**moved, wrong_answer_ids=wrong)
+
+    def digest(self) -> str:
+        """sha256, in hex, of all ids; the same whatever the padding side, width, device and labels."""
+        rows = self.right_padded()
+        hasher = hashlib.sha256()
+        for i in range(len(self)):
+            length = int(rows.lengths[i])
+            wrong = -1 if rows.wrong_answer_ids is None else int(rows.wrong_answer_ids[i])
+            numbers = [length, int(rows.answer_ids[i]), wrong]
+            numbers += rows.clean_ids[i, :length].tolist() + rows.corrupted_ids[i, :length].tolist()
+            hasher.update(b"".join(number.to_bytes(8, "little", signed=True) for number in numbers))
+        return hasher.hexdigest()
+
+    def column_tokens(self) -> list[str] | None:
+        """For each column the token that all pairs with a real token there have, "·" where they differ.
+
+        None when the pairs carry no token texts.
+        """
+        if self.tokens is None:
+            return None
+        seen: list[set[str]] = [set() for _ in range(self.clean_ids.shape[1])]
+        for start, tokens in zip(self.starts.tolist(), self.tokens, strict=True):
+            for column, token in enumerate(tokens, start=start):
+                seen[column].add(token)
+        return [next(iter(texts)) if len(texts) == 1 else "·" for texts in seen]
+
+    @classmethod
+    def concat(cls, parts: Sequence[PromptPairs]) -> PromptPairs:
+        """All pairs of several; parts of different widths are padded on the right, to the widest."""
+        if not parts:
+            raise ValueError("parts must hold at least one PromptPairs, got none")
+        if len({part.wrong_answer_ids is None for part in parts}) > 1:
+            raise ValueError("parts must all have wrong answers, or none of them, got both")
+        width = max(part.clean_ids.shape[1] for part in parts)
+        if any(part.clean_ids.shape[1] != width for part in parts):
+            parts = [part.right_padded() for part in parts]
+
+        def joined(name: str) -> Tensor:
+            wide = [getattr(part, name) for part in parts]
+            if wide[0].ndim == 2:
+                wide = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in wide]
+            return torch.cat(wide)
+
+        def labels(name: str) -> list[list[str]] | None:
+            lists = [getattr(part, name) for part in parts]
+            return (
+                None
+                if any(part is None for part in lists)
+                else [row for part in lists for row in part]
+            )
+
+        return parts[0]._with(
+            clean_ids=joined("clean_ids"),
+            corrupted_ids=joined("corrupted_ids"),
+            answer_ids=joined("answer_ids"),
+            wrong_answer_ids=None
+            if parts[0].wrong_answer_ids is None
+            else joined("wrong_answer_ids"),
+            attention_mask=joined("attention_mask"),
+            tokens=labels("tokens"),
+            corrupted_tokens=labels("corrupted_tokens"),
+        )
+
+    def _with(self, **fields: Any) -> PromptPairs:
+        """A copy with some fields replaced, without checking (and warning) again."""
+        copy = object.__new__(PromptPairs)
+        copy.__dict__.update(self.__dict__)
+        copy.__dict__.update(fields)
+        return copy
+
+
+def year_answers(encoder: Encoder, prompt: str, year: int, name: str) -> tuple[int, int]:
+    """First tokens of a year halfway to 99 and of one halfway to 0, after a prompt that ends in the century.
+
+    year: the prompt's own two digits. ValueError if the prompt is no greater-than prompt, or if the tokenizer's
+    first tokens (some write each digit apart) do not tell the three years apart.
+    """
+    if not re.search(r"\d\d\s*$", prompt):
+        raise ValueError(
+            f"{name}: a number as label needs a prompt that ends in a century, got {prompt!r}; give correct_idx and "
+            "incorrect_idx instead"
+        )
+    texts = [f"{y:02d}" for y in (year, (year + 100) // 2, year // 2)]
+    bare, *joint = encoder.bare([prompt, *(prompt + text for text in texts)])
+    split = [
+        ids[len(bare)]
+        if ids[: len(bare)] == bare and len(ids) > len(bare)
+        else encoder.alone(text)[0]
+        for text, ids in zip(texts, joint, strict=True)
+    ]
+    own, later, earlier = (encoder.text(token).strip() for token in split)
+    if not (
+        own.isdigit()
+        and later.isdigit()
+        and earlier.isdigit()
+        and int(earlier) < int(own) < int(later)
+    ):
+        raise ValueError(
+            f"{name} must have a year that the tokenizer tells from later and earlier ones, got {year:02d}: first "
+            f"tokens of {texts} are {[own, later, earlier]}"
+        )
+    return split[1], split[2]
+
+
+def _ids(
+    name: str, x: Tensor, shape: tuple[int, ...] | None = None, like: Tensor | None = None
+) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of token ids, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+    if shape is not None and tuple(x.shape) != shape:
+        both = (
+            ": both prompts of a pair need the same number of tokens"
+            if name == "corrupted_ids"
+            else ""
+        )
+        raise ValueError(
+            f"{name} must have shape {shape} as clean_ids demands, got {tuple(x.shape)}{both}"
+        )
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as clean_ids is, got {x.device}")
+    if x.numel() and int(x.min()) < 0:
+        raise ValueError(f"{name} must be token ids >= 0, got {int(x.min())}")
+    return x.long()
+
+
+def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have shape {tuple(ids.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != ids.device:
+        raise ValueError(
+            f"attention_mask must be on {ids.device} as clean_ids is, got {mask.device}"
+        )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "attention_mask must hold 1 on real tokens and 0 on padding, got other values"
+        )
+    mask = mask.bool()
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"attention_mask must leave every pair at least one token, got none in pair {empty[0]}"
+        )
+    runs = mask[:, :1].int().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    torn = (runs > 1).nonzero().flatten().tolist()
+    if torn:
+        raise ValueError(
+            f"attention_mask must be one run of real tokens per pair, padding before or after, "
+            f"got {int(runs[torn[0]])} runs in pair {torn[0]}"
+        )
+    return mask
+
+
+def _labels(
+    name: str, tokens: Sequence[Sequence[str]] | None, lengths: Tensor
+) -> list[list[str]] | None:
+    if tokens is None:
+        return None
+    given, wanted = [len(row) for row in tokens], lengths.tolist()
+    if given != wanted:
+        raise ValueError(f"{name} must hold one text per real token: {wanted} of them, got {given}")
+    return [list(row) for row in tokens]
+
+
+def _all_encoded(rows: Sequence[EncodedPair | ValueError]) -> list[EncodedPair]:
+    for row in rows:
+        if isinstance(row, ValueError):
+            raise row
+    return [row for row in rows if isinstance(row, EncodedPair)]
+
+
+def _lines(file: Iterator[str], path: str | os.PathLike[str]) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text, got a byte that is not: {error}") from error
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    """One line of a JSONL file, with its fields' presence and types checked."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} must be a JSON object, got {line.strip()[:80]!r} ({error.msg})"
+        ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a JSON object, got {line.strip()[:80]!r}")
+    if "clean_ids" in record:
+        return record
+    for field in ("clean", "corrupted", "answer"):
+        if field not in record:
+            raise ValueError(
+                f"{where} must have clean, corrupted and answer (or their _ids), got no {field}"
+            )
+    for field in ("clean", "corrupted", "answer", "wrong_answer"):
+        if field in record and not isinstance(record[field], str):
+            raise ValueError(f"{where}: {field} must be a string, got {record[field]!r}")
+    return record
+
+
+def _encoded_ids(where: str, record: Mapping[str, Any], encoder: Encoder) -> EncodedPair:
+    def ids(field: str) -> list[int]:
+        value = record.get(field)
+        values = [value] if isinstance(value, int) and "answer" in field else value
+        if (
+            not isinstance(values, list)
+            or not values
+            or not all(type(i) is int and i >= 0 for i in values)
+        ):
+            raise ValueError(f"{where}: {field} must be a list of token ids, got {value!r}")
+        if "answer" in field and len(values) != 1:
+            raise ValueError(f"{where}: {field} must be one token, got {value!r}")
+        return values
+
+    clean, corrupted, answer = ids("clean_ids"), ids("corrupted_ids"), ids("answer_ids")[0]
+    wrong = ids("wrong_answer_ids")[0] if "wrong_answer_ids" in record else None
+    if len(clean) != len(corrupted):
+        raise ValueError(
+            f"{where}: corrupted_ids must have as many tokens as clean_ids, got {len(clean)} clean and "
+            f"{len(corrupted)} corrupted"
+        )
+    if answer == wrong:
+        raise ValueError(
+            f"{where}: wrong_answer_ids must differ from answer_ids, got {answer} for both"
+        )
+    return EncodedPair(
+        clean, corrupted, answer, wrong, encoder.texts(clean), encoder.texts(corrupted)
+    )
+
+
+def _csv_id(where: str, field: str, value: str) -> int:
+    if not value.strip().isdigit():
+        raise ValueError(f"{where}: {field} must be a token id, got {value!r}")
+    return int(value)
+
+
+def _check_ioi_answers(
+    path: str | os.PathLike[str],
+    encoder: Encoder,
+    clean: Sequence[str],
+    answers: Sequence[str | int],
+) -> None:
+    foreign = [
+        (token, prompt)
+        for token, prompt in zip(answers, clean, strict=True)
+        if isinstance(token, int) and encoder.text(token).strip() not in prompt
+    ]
+    if foreign:
+        token, prompt = foreign[0]
+        warnings.warn(
+            f"{path}: {len(foreign)} of {len(clean)} answers are not in their prompts under this tokenizer (token "
+            f"{token} is {encoder.text(int(token))!r} for {prompt!r}): was the file made for another tokenizer?",
+            stacklevel=3,
+        )
