@@ -353,9 +353,9 @@ class PromptPairs:
         )
 
     def right_padded(self) -> PromptPairs:
-        """The same pairs in the same width, every row's real tokens starting at column 0; padding holds token 0."""
+        """The same pairs, real tokens starting at column 0, as wide as the longest; padding holds token 0."""
         positions = self.clean_ids.shape[1]
-        columns = torch.arange(positions, device=self.device)
+        columns = torch.arange(int(self.lengths.max()), device=self.device)
         mask = columns < self.lengths[:, None]
         source = (self.starts[:, None] + columns).clamp(max=positions - 1)
         return self._with(

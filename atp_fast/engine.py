@@ -1,0 +1,175 @@
+"""Engine: the few public verbs on a model, orchestration only."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from atp_fast._version import __version__
+from atp_fast.hf import Plug
+from atp_fast.metrics import Metric, resolve
+from atp_fast.nodes import NodeSpace, check_kinds
+from atp_fast.ops.backends import backend_for, check_backend
+from atp_fast.ops.reference import accumulation_dtype
+from atp_fast.pairs import PromptPairs
+from atp_fast.results import Attribution
+from atp_fast.sweep import Scores, check_method, sweep
+
+Direction = Literal["noising", "denoising"]
+MetricLike = str | Metric | Callable[..., Any]
+DEFAULT_NODES = ("q", "k", "v", "z", "neuron")
+
+
+class Engine:
+    """Attribution, exact patching and diagnostics on one HuggingFace causal language model.
+
+    model: a transformers causal language model in evaluation mode; it is left as it was after every call.
+    backend: "auto", "reference", "cpp" or "triton", for the attention and reduction ops.
+    Raises TypeError, ValueError or NotImplementedError, naming the model's class and the reason, for a model that is
+    not in evaluation mode, cannot be intercepted, or cannot be served exactly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str = "auto",
+        precision: str | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        check_backend(backend)
+        self.model = model
+        self.plug = Plug(model, backend)
+        self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
+
+    def attribute(
+        self,
+        pairs: PromptPairs,
+        metric: MetricLike = "logit_diff",
+        method: str = "atp*",
+        nodes: Sequence[str] = DEFAULT_NODES,
+        direction: Direction = "noising",
+        per_pair: bool = False,
+        progress: bool | None = None,
+    ) -> Attribution:
+        """Score every node of the given kinds on prompt pairs (AtP*, arXiv 2403.00745).
+
+        metric: "nll", "logit_diff", "prob_diff", "kl", or a callable (see metrics.resolve);
+        method: "atp", "atp+qk", "atp+graddrop" or "atp*"; nodes: any of nodes.KINDS;
+        direction: "noising" runs the clean prompt and patches corrupted values in, "denoising" the reverse;
+        per_pair: also keep every pair's own numbers; progress: a progress bar, by default on a terminal only.
+        Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width).
+        """
+        chosen = check_method(method)
+        kinds = check_kinds(nodes)
+        run_pairs = _directed(pairs, direction)
+        measure = resolve(metric, run_pairs)
+        self._check_context(pairs)
+        space = self.plug.space(pairs.clean_ids.shape[1], kinds)
+        if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
+            reason = self.plug.inspection.refused["graddrop"]
+            raise NotImplementedError(
+                f"method {method!r} is not served on {self.plug.name}: {reason}"
+            )
+        dtype = accumulation_dtype(next(self.model.parameters()))
+        scores = Scores(space, len(pairs), self.plug.device, dtype, per_pair)
+        clean_value = torch.zeros(len(pairs), dtype=dtype)
+        corrupted_value = torch.zeros(len(pairs), dtype=dtype)
+        batches = self._batches(run_pairs, measure)
+        began = time.perf_counter()
+        total = len(batches) * len(self.plug.layers)
+        with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
+            for rows in batches:
+                clean, corrupted = sweep(
+                    self.plug,
+                    run_pairs[rows],
+                    measure,
+                    chosen,
+                    scores,
+                    rows=rows.to(self.plug.device),
+                    advance=bar.update,
+                )
+                clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
+        seconds = time.perf_counter() - began
+        counts = pairs.attention_mask.sum(0).cpu()
+        per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
+        return Attribution(
+            contribution={kind: (t / per_position).cpu() for kind, t in scores.score.items()},
+            effect={kind: (t / per_position).cpu() for kind, t in scores.effect.items()},
+            per_pair=None
+            if scores.per_pair is None
+            else {kind: t.cpu() for kind, t in scores.per_pair.items()},
+            space=space,
+            counts=counts,
+            tokens=run_pairs.column_tokens(),
+            method=method,
+            metric=measure.name,
+            direction=direction,
+            backend=self.backend,
+            model=self._model_name(),
+            clean_value=clean_value,
+            corrupted_value=corrupted_value,
+            metadata=self._metadata(pairs, seconds),
+        )
+
+    # ---- plans and checks
+
+    def _batches(self, pairs: PromptPairs, metric: Metric) -> list[Tensor]:
+        """Rows of pairs that are run together: pairs that split late share a batch, so that they share a prefix."""
+        order = torch.argsort(pairs.split, descending=True, stable=True)
+        if metric.all_pairs_at_once:
+            return [torch.arange(len(pairs))]
+        return list(order.split(16))
+
+    def _check_context(self, pairs: PromptPairs) -> None:
+        context, longest = self.plug.inspection.context, int(pairs.lengths.max())
+        if context is not None and longest > context:
+            raise ValueError(
+                f"pairs must fit the model's context of {context} tokens, got a prompt of {longest}"
+            )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        largest = max(int(pairs.clean_ids.max()), int(pairs.corrupted_ids.max()))
+        if largest >= vocabulary:
+            raise ValueError(
+                f"pairs must hold token ids below the model's {vocabulary}, got {largest}"
+            )
+
+    def _model_name(self) -> str:
+        return getattr(self.model.config, "name_or_path", "") or self.plug.name  # type: ignore[union-attr]
+
+    def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
+        parameter = next(self.model.parameters())
+        return {
+            "atp_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model_class": self.plug.name,
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": str(self.plug.device),
+            "pairs": str(len(pairs)),
+            "pairs_digest": pairs.digest(),
+            "seconds": f"{seconds:.3f}",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _directed(pairs: PromptPairs, direction: str) -> PromptPairs:
+    """Pairs whose first prompt is the one that is run and whose second gives the values patched in."""
+    if not isinstance(pairs, PromptPairs):
+        raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
+    if direction not in ("noising", "denoising"):
+        raise ValueError(f"direction must be 'noising' or 'denoising', got {direction!r}")
+    return pairs if direction == "noising" else pairs.swapped()
+
+
+def _bar(progress: bool | None, total: int, what: str) -> tqdm[Any]:
+    """A progress bar; without an explicit choice only on a terminal."""
+    return tqdm(
+        total=total, desc=what, disable=None if progress is None else not progress, leave=False
+    )

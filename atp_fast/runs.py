@@ -1,0 +1,161 @@
+"""The clean and the corrupted run of a batch of pairs: what the sweep and exact patching start from.
+
+Only each layer's input is kept, (pairs, positions, hidden) for either run; everything inside a layer is computed
+again when it is needed. Positions before the first differing token of the batch (`start` of them) are run once and
+leave their keys and values behind: they have no effect, and nothing in the sweep needs them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.metrics import Metric
+from atp_fast.pairs import PromptPairs
+
+Values = dict[str, Tensor]
+
+
+@dataclass
+class PairRuns:
+    """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
+
+    given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
+    model's device. Everything is computed in the latter layout: no real position ever sees padding.
+    """
+
+    given: PromptPairs
+    pairs: PromptPairs
+    start: int
+    arguments: list[LayerArguments]
+    clean: list[Tensor] = field(default_factory=list)
+    corrupted: list[Tensor] = field(default_factory=list)
+    prefixes: list[Prefix | None] = field(default_factory=list)
+    prefix_output: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions that are run: all from `start` on."""
+        return self.pairs.clean_ids.shape[1] - self.start
+
+    def differs(self) -> Tensor:
+        """(pairs, positions) bool: real positions from each pair's own first differing token on."""
+        columns = torch.arange(
+            self.start, self.start + self.positions, device=self.pairs.clean_ids.device
+        )
+        return (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])
+
+
+def filled(pairs: PromptPairs, ids: Tensor) -> Tensor:
+    """Right-padded ids with each row's last token in its padding: no real position sees it, no warning is due."""
+    last = ids.gather(1, pairs.last[:, None])
+    return torch.where(pairs.attention_mask, ids, last)
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            f"model gives activations that are not finite (NaN or infinity) in {where}"
+        )
+
+
+def run_pairs(plug: Plug, given: PromptPairs) -> PairRuns:
+    """Run pairs, clean and corrupted in one batch."""
+    pairs = given.right_padded().to(plug.device)
+    clean, corrupted = filled(pairs, pairs.clean_ids), filled(pairs, pairs.corrupted_ids)
+    positions = clean.shape[1]
+    start = min(int(pairs.split.min()), positions - 1) if plug.moves else 0
+    prefixes: list[Prefix | None] = [None] * len(plug.layers)
+    prefix_output = None
+    if start:
+        prefixes, prefix_output = _run_prefix(plug, clean[:, :start])
+    both = torch.cat([clean[:, start:], corrupted[:, start:]])
+    x, arguments = plug.enter(both, start)
+    batch = len(pairs)
+    index = torch.arange(batch, device=both.device)
+    runs = PairRuns(given, pairs, start, [], prefixes=prefixes, prefix_output=prefix_output)
+    with torch.no_grad():
+        for number in range(len(plug.layers)):
+            runs.clean.append(x[:batch])
+            runs.corrupted.append(x[batch:])
+            prefix = prefixes[number]
+            doubled = None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
+            run = LayerRun(backend=plug.backend, prefix=doubled)
+            x = plug.run_layer(number, x, arguments[number], run)
+            check_finite(x, f"layer {number}")
+    runs.clean.append(x[:batch])
+    runs.corrupted.append(x[batch:])
+    runs.arguments = [a.rows(index, 2 * batch) for a in arguments]
+    return runs
+
+
+def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
+    """Keys and values of every layer on shared leading tokens, and the last layer's output there."""
+    batch = ids.shape[0]
+    if bool((ids == ids[:1]).all()):
+        ids = ids[:1]  # a prompt that all pairs share is run once
+    x, arguments = plug.enter(ids)
+    prefixes: list[Prefix | None] = []
+    with torch.no_grad():
+        for number in range(len(plug.layers)):
+            run = LayerRun(backend=plug.backend)
+            x = plug.run_layer(number, x, arguments[number], run)
+            check_finite(x, f"layer {number}")
+            assert run.k is not None and run.v is not None
+            prefixes.append(Prefix(*(t.expand(batch, -1, -1, -1) for t in (run.k, run.v))))
+    return prefixes, x.expand(batch, -1, -1)
+
+
+def read_values(plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]) -> Values:
+    """Node values of one layer run on x, without a graph.
+
+    q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
+    """
+    values: Values = {}
+
+    def keep(kind: str, value: Tensor) -> Tensor:
+        if kind in kinds:
+            values[kind] = value
+        return value
+
+    keep("resid_pre", x)
+    if any(kind != "resid_pre" for kind in kinds):
+        run = LayerRun(plug.backend, keep, runs.prefixes[number], tuple(kinds))
+        with torch.no_grad():
+            plug.run_layer(number, x, runs.arguments[number], run)
+    return values
+
+
+def metric_logits(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) -> Tensor:
+    """Logits where the metric looks: (pairs, 1, vocab) at each last position, or (pairs, columns, vocab).
+
+    output: the last layer's output (pairs, positions, hidden). All-position logits are in the user's layout; columns of
+    padding repeat a real one.
+    """
+    pairs = runs.pairs
+    if metric.positions == "last":
+        rows = torch.arange(len(pairs), device=output.device)
+        return plug.logits(output[rows, pairs.last - runs.start][:, None])
+    logits = plug.logits(output)
+    if runs.prefix_output is not None:
+        with torch.no_grad():
+            before = plug.logits(runs.prefix_output)
+        logits = torch.cat([before, logits], 1)
+    columns = torch.arange(runs.given.clean_ids.shape[1], device=logits.device)
+    columns = (columns - runs.given.starts.to(logits.device)[:, None]).clamp(0, logits.shape[1] - 1)
+    return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+def metric_values(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) -> Tensor:
+    """The metric of each pair, (pairs,), for the last layer's output of a run of these pairs."""
+    logits = metric_logits(plug, runs, output, metric)
+    check_finite(logits.detach(), "the logits")
+    source = None
+    if metric.needs_source_logits:
+        with torch.no_grad():
+            source = metric_logits(plug, runs, runs.corrupted[-1], metric)
+    return metric(logits, runs.given, source)

@@ -1,0 +1,325 @@
+"""AtP, QK fix, GradDrop and AtP* in one sweep over the layers from the top (docs/algorithms.md, section 4).
+
+Going down, layer m carries the ordinary cotangent and one per dropped layer above it through the same layer with
+the same clean activations, as one batched vector-Jacobian product; below it one more joins, the ordinary cotangent
+having skipped the layer. The layer is cut at its attention: autograd takes the cotangents from the layer's output to
+z, one op takes them through the attention with every QK-fixed effect, and autograd takes them from q, k, v to the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atp_fast import ops
+from atp_fast.hf import LayerRun, Plug
+from atp_fast.metrics import Metric
+from atp_fast.nodes import NodeSpace
+from atp_fast.ops.reference import accumulation_dtype
+from atp_fast.pairs import PromptPairs
+from atp_fast.runs import PairRuns, Values, metric_values, read_values, run_pairs
+
+HEADED = ("q", "k", "v", "z")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which of AtP*'s two repairs are made."""
+
+    qk_fix: bool
+    graddrop: bool
+
+
+METHODS = {
+    "atp": Method(qk_fix=False, graddrop=False),
+    "atp+qk": Method(qk_fix=True, graddrop=False),
+    "atp+graddrop": Method(qk_fix=False, graddrop=True),
+    "atp*": Method(qk_fix=True, graddrop=True),
+}
+
+
+def check_method(method: str) -> Method:
+    if method not in METHODS:
+        raise ValueError(f"method must be among {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def cotangent_weights(graddrop: bool, kind: str, layer: int, layers: int) -> list[float]:
+    """Weights of the |effects| under the cotangents present at a layer: ordinary first, then one per dropped layer.
+
+    In-block nodes: [(m-1) |I| + sum_{l>m} |I_l|] / (L-1) with m = layer + 1 (their own layer's drop gives 0).
+    resid_pre lies in no block: [(m-1) |I| + sum_{l>=m} |I_l|] / L. One layer alone has nothing to drop: |I|.
+    """
+    if not graddrop or (layers == 1 and kind != "resid_pre"):
+        return [1.0]
+    if kind == "resid_pre":
+        return [layer / layers] + [1 / layers] * (layers - layer)
+    return [layer / (layers - 1)] + [1 / (layers - 1)] * (layers - 1 - layer)
+
+
+class Scores:
+    """Sums over pairs of |effects| and signed effects of every node, in the columns of the user's own prompts."""
+
+    def __init__(
+        self, space: NodeSpace, pairs: int, device: torch.device, dtype: torch.dtype, keep: bool
+    ):
+        self.space = space
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.score = {kind: zeros(*space.shape(kind)) for kind in space.kinds}
+        self.effect = {kind: zeros(*space.shape(kind)) for kind in space.kinds}
+        self.per_pair = (
+            {kind: zeros(pairs, *space.shape(kind)) for kind in space.kinds} if keep else None
+        )
+
+    def add(
+        self,
+        kind: str,
+        layer: int,
+        score: Tensor,
+        effect: Tensor,
+        kept: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
+        """Add one layer's scores and effects, (pairs, positions, width), of the pairs `rows`.
+
+        columns: (pairs, positions), where each position lies in the user's layout; entries beyond it hold zeros.
+        kept: what per_pair keeps, score or effect.
+        """
+        width = self.space.widths[kind]
+        flat = columns.reshape(-1)
+        self.score[kind][layer].index_add_(0, flat, score.reshape(-1, width))
+        self.effect[kind][layer].index_add_(0, flat, effect.reshape(-1, width))
+        if self.per_pair is not None:
+            pair = rows[:, None].expand_as(columns).reshape(-1)
+            target = self.per_pair[kind][:, layer]
+            target.index_put_((pair, flat), kept.reshape(-1, width), accumulate=True)
+
+
+class LayerTape:
+    """One layer run on its clean input under autograd, cut at the attention."""
+
+    def __init__(self, plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str]) -> None:
+        self.values: Values = {}
+        self.x = runs.clean[number].detach().requires_grad_()
+        self.run = LayerRun(plug.backend, self._keep, runs.prefixes[number], tuple(kinds), cut=True)
+        with torch.enable_grad():
+            self.out = plug.run_layer(number, self.x, runs.arguments[number], self.run)
+        self.values["resid_pre"] = self.x
+
+    def _keep(self, kind: str, value: Tensor) -> Tensor:
+        self.values[kind] = value
+        return value
+
+    def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the layer's output by `wanted`, the attention's output taken as given."""
+        return batched_grad([self.out], wanted, [cotangents])
+
+    def from_attention(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+        """Gradients by the layer's input of q, k, v (with any prefix's keys and values ahead of their own)."""
+        run = self.run
+        assert run.q is not None and run.k is not None and run.v is not None
+        return batched_grad([run.q, run.k, run.v], [self.x], [grad_q, grad_k, grad_v])[0]
+
+
+def batched_grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """torch.autograd.grad for a leading axis of cotangents, keeping the graph; unused inputs get zeros."""
+
+    def grad(*given: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, given, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    if (
+        cotangents[0].shape[0] == 1
+    ):  # one cotangent needs no vmap, whose dispatch costs as much as a small layer
+        return [g[None] for g in grad(*(c[0] for c in cotangents))]
+    return list(torch.func.vmap(grad)(*cotangents))
+
+
+def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The metric of each pair, (pairs,), and its gradient by the last layer's output, (pairs, positions, hidden)."""
+    last = runs.clean[-1].detach().requires_grad_()
+    with torch.enable_grad():
+        values = metric_values(plug, runs, last, metric)
+        gradient = torch.autograd.grad(values.sum(), last)[0]
+    return values.detach(), gradient
+
+
+def sweep(
+    plug: Plug,
+    pairs: PromptPairs,
+    metric: Metric,
+    method: Method,
+    scores: Scores,
+    *,
+    rows: Tensor,
+    chunk: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Add the scores of a batch of pairs; returns the metric of the clean and of the corrupted runs, (pairs,) each.
+
+    rows: the pairs' numbers among all pairs of the scores;
+    chunk: cotangents taken at once (all when None); advance: called after every layer.
+    """
+    runs = run_pairs(plug, pairs)
+    clean_value, cotangent = top_cotangent(plug, runs, metric)
+    with torch.no_grad():
+        corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
+    cotangents = cotangent[None]
+    live = runs.differs()
+    columns = torch.arange(runs.start, runs.start + runs.positions, device=plug.device)
+    columns = columns + pairs.starts.to(plug.device)[:, None]
+    columns = columns.clamp(max=scores.space.positions - 1)
+    for number in reversed(range(len(plug.layers))):
+        if bool(live.any()):
+            layer = _Layer(plug, runs, number, method, scores.space.kinds)
+            cotangents = layer.sweep(cotangents, chunk)
+            for kind, (score, effect) in layer.found.items():
+                score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
+                kept = score if method.graddrop else effect
+                scores.add(kind, number, score, effect, kept, rows, columns)
+        advance()
+    return clean_value, corrupted_value
+
+
+class _Layer:
+    """One layer's part of the sweep: effects of its nodes, and the cotangents of its input."""
+
+    def __init__(
+        self, plug: Plug, runs: PairRuns, number: int, method: Method, kinds: Sequence[str]
+    ) -> None:
+        self.number, self.layers, self.method, self.kinds = number, len(plug.layers), method, kinds
+        self.plug, self.start = plug, runs.start
+        corrupted = read_values(plug, runs, number, runs.corrupted[number], {*kinds, "q", "k"})
+        self.tape = LayerTape(plug, runs, number, kinds)
+        self.corrupted = corrupted
+        self.delta = {kind: corrupted[kind] - self.tape.values[kind].detach() for kind in kinds}
+        self.prefix = runs.prefixes[number]
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def sweep(self, cotangents: Tensor, chunk: int | None) -> Tensor:
+        """Take all cotangents (C, pairs, positions, hidden) through the layer, `chunk` at a time."""
+        below = self.number > 0 or "resid_pre" in self.kinds
+        size = chunk or len(cotangents)
+        parts = [
+            self._through(cotangents[i : i + size], i, below)
+            for i in range(0, len(cotangents), size)
+        ]
+        if not below:
+            return cotangents
+        inputs = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.method.graddrop:
+            inputs = torch.cat(
+                [inputs, cotangents[:1]]
+            )  # this layer dropped: its write gets nothing
+        if "resid_pre" in self.kinds:
+            self._first_order("resid_pre", inputs, 0)
+        return inputs
+
+    def _through(self, cotangents: Tensor, first: int, below: bool) -> Tensor:
+        """A chunk of cotangents, the first of which is number `first`, from the layer's output to its input."""
+        tape, run = self.tape, self.tape.run
+        assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
+        inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
+        wanted = [run.z, *(tape.values[kind] for kind in inner), *([tape.x] if below else [])]
+        grads = tape.from_output(cotangents, wanted)
+        grad_z = grads[0]
+        for kind, grad in zip(inner, grads[1:], strict=False):
+            self._first_order(kind, grad, first)
+        if "z" in self.kinds:
+            self._first_order("z", grad_z, first)
+        if not below and not {"q", "k", "v"} & set(self.kinds):
+            return cotangents
+        grad_q, grad_k, grad_v = self._through_attention(grad_z.to(run.q.dtype), first)
+        if "v" in self.kinds:
+            self._first_order("v", grad_v[..., self.start :, :], first)
+        if not below:
+            return cotangents
+        return tape.from_attention(grad_q, grad_k, grad_v).add_(grads[-1])
+
+    def _through_attention(self, grad_z: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        run, backend = self.tape.run, self.plug.backend
+        assert run.q is not None and run.k is not None and run.v is not None
+        assert run.stats is not None and run.options is not None
+        q, k, v = run.q.detach(), run.k.detach(), run.v.detach()
+        options = run.options._asdict()
+        if not (self.method.qk_fix and {"q", "k"} & set(self.kinds)):
+            grads = ops.attention_vjp(
+                q, k, v, stats=run.stats, grad_z=grad_z, backend=backend, **options
+            )
+            if "q" in self.kinds:
+                self._first_order("q", grads[0], first)
+            if "k" in self.kinds:
+                self._first_order("k", grads[1][..., self.start :, :], first)
+            return grads
+        k_corrupted = self.corrupted["k"]
+        if self.prefix is not None:
+            k_corrupted = torch.cat([self.prefix.k, k_corrupted], 2)
+        found = ops.attention_vjp_effects(
+            q,
+            k,
+            v,
+            q_corrupted=self.corrupted["q"],
+            k_corrupted=k_corrupted,
+            stats=run.stats,
+            grad_z=grad_z,
+            backend=backend,
+            **options,
+        )
+        if "q" in self.kinds:
+            self._reduce("q", found.effect_q, first)
+        if "k" in self.kinds:
+            self._reduce("k", found.effect_k[:, :, self.start :], first)
+        return found.grad_q, found.grad_k, found.grad_v
+
+    def _weights(self, kind: str, first: int, effects: Tensor, count: int) -> Tensor:
+        weights = cotangent_weights(self.method.graddrop, kind, self.number, self.layers)
+        dtype = accumulation_dtype(effects)
+        return torch.tensor(weights[first : first + count], dtype=dtype, device=effects.device)
+
+    def _first_order(self, kind: str, grad: Tensor, first: int) -> None:
+        """Effects delta . grad of a kind under cotangents `first`..., grad (C, *shape of the kind's values)."""
+        delta, backend = self.delta[kind], self.plug.backend
+        grad = grad.to(delta.dtype)
+        if kind == "neuron":  # each neuron is a node of its own
+            delta, grad = delta[..., None], grad[..., None]
+        if len(grad) == 1:
+            self._reduce(
+                kind, _rows_first(kind, ops.node_effects(delta, grad, backend=backend)), first
+            )
+            return
+        weights = self._weights(kind, first, delta, len(grad))
+        score = ops.node_effects(delta, grad, weights=weights, backend=backend)
+        effect = ops.node_effects(delta, grad[:1], backend=backend) if first == 0 else None
+        self._add(
+            kind, _rows_first(kind, score), None if effect is None else _rows_first(kind, effect)[0]
+        )
+
+    def _reduce(self, kind: str, effects: Tensor, first: int) -> None:
+        """Signed effects (C, pairs, positions, width) -> score; the one place where cotangents become a score."""
+        weights = self._weights(kind, first, effects, len(effects))
+        score = torch.tensordot(weights, effects.abs(), dims=1)
+        self._add(kind, score, effects[0] if first == 0 else None)
+
+    def _add(self, kind: str, score: Tensor, effect: Tensor | None) -> None:
+        if effect is not None:
+            self.found[kind] = (score, effect)
+        else:
+            before, signed = self.found[kind]
+            self.found[kind] = (before + score, signed)
+
+
+def _rows_first(kind: str, effects: Tensor) -> Tensor:
+    """(..., heads, positions) of a headed kind -> (..., positions, heads); writes get a width of one."""
+    if kind in HEADED:
+        return effects.transpose(-1, -2)
+    return effects if kind == "neuron" else effects[..., None]
