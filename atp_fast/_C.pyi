@@ -1,0 +1,13 @@
+from collections.abc import Sequence
+
+# (address, dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16; strides in elements)
+_Passed = tuple[int, int, tuple[int, ...]]
+
+__version__: str
+
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str) -> str: ...
+def exponential(address: int, out: int, count: int, wide: bool) -> None: ...
+def node_effects(
+    size: Sequence[int], delta: _Passed, grad: _Passed, weights: int, out: int, threads: int
+) -> None: ...

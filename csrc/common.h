@@ -1,0 +1,100 @@
+// Types that every translation unit shares; plain C++17, no Python, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace atp_fast {
+
+using Index = std::int64_t;
+
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// A tensor somebody else owns: address, element type, strides in elements (any sign, 0 when expanded).
+struct View {
+    void* data = nullptr;
+    Dtype dtype = Dtype::float32;
+    Index stride[5] = {0, 0, 0, 0, 0};
+};
+
+// Shapes and scoring of one attention call; the fields are those of Scoring in ops/reference.py.
+struct AttentionShape {
+    Index batch, heads, kv_heads, queries, keys, head_dim, value_dim;
+    double scale;
+    bool causal;
+    Index window;            // 0: none
+    double softcap;          // 0: none
+    const void* sinks;       // (heads,) in the accumulation type, or null
+    const std::uint8_t* key_mask;  // (batch, keys), 0 on keys nobody may see, or null
+};
+
+// attention: q, k, v -> z (null when the wide one is enough) and the row statistics, which are
+// contiguous in the accumulation type; every statistic but wide_z may be null together.
+struct AttentionCall {
+    AttentionShape shape;
+    View q, k, v;
+    View z;
+    void* wide_z;
+    void* logsumexp;
+    std::int64_t* top_key;
+    void* loo_logsumexp;
+    void* loo_z;
+};
+
+// attention_vjp, key_patch_effects or both; outputs are contiguous, a null one is not computed.
+struct BackwardCall {
+    AttentionShape shape;
+    Index cotangents;
+    View q, k, v, k_corrupted, grad_z;
+    const void* wide_z;
+    const void* logsumexp;
+    const std::int64_t* top_key;
+    const void* loo_logsumexp;
+    const void* loo_z;
+    View grad_q, grad_k, grad_v;  // (cotangents, batch, heads, positions, dim), dtype of grad_z
+    void* effect_k;               // (cotangents, batch, keys, kv_heads), accumulation type
+};
+
+constexpr int max_dims = 16;
+
+// node_effects: leading dimensions outermost first, the summed axis apart; out is contiguous.
+struct NodeEffectsCall {
+    int dims;
+    Index size[max_dims], delta_stride[max_dims], grad_stride[max_dims];
+    Index width, delta_step, grad_step;  // the summed axis
+    Index cotangents, grad_cotangent;
+    const void *delta, *grad;
+    Dtype delta_dtype, grad_dtype;
+    const void* weights;  // (cotangents,) in the accumulation type, or null for signed effects
+    void* out;
+};
+
+// The kernels of one instruction set; the first template argument of each is the accumulation type.
+struct Kernels {
+    const char* name;
+    void (*attention[2])(const AttentionCall&, int threads);        // float, double
+    void (*attention_backward[2])(const BackwardCall&, int threads);
+    void (*node_effects[2])(const NodeEffectsCall&, int threads);
+    void (*exponential[2])(const void* in, void* out, Index count);
+};
+
+const Kernels* kernels_avx512();  // null where the build has none
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+// Runs body(context, unit, thread) for every unit in [0, units), units handed out in order.
+void parallel(Index units, int threads, void (*body)(void*, Index, int), void* context);
+
+// Memory of one call: 64-byte aligned, freed at the end of the scope; throws std::bad_alloc.
+class Scratch {
+  public:
+    explicit Scratch(Index bytes);
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    char* data() const { return data_; }
+
+  private:
+    char* data_;
+};
+
+}  // namespace atp_fast
