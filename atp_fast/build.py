@@ -55,9 +55,9 @@ def _torch() -> dict[str, str]:
 
 
 def _extension() -> str:
-    """The build flags and instruction set that the extension reports of itself."""
+    """Its version and the instruction sets of this machine that it has kernels for, the one in use first."""
     try:
         extension = importlib.import_module("atp_fast._C")
     except ImportError as error:
         return f"not available: {error}"
-    return ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+    return f"{extension.__version__}, instruction sets {', '.join(extension.instruction_sets())}"

@@ -1,0 +1,48 @@
+"""The command line, atp-fast: one module per verb, each registered here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from atp_fast._version import __version__
+from atp_fast.cli.attribute import attribute
+from atp_fast.cli.commands import Commands
+from atp_fast.cli.demo import demo
+from atp_fast.cli.doctor import doctor
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command()(attribute)
+app.command()(demo)
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, not only its message.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Which attention heads and MLP neurons cause a model's behaviour: AtP*.
+
+    Start with `atp-fast demo`, then `atp-fast attribute --help`.
+    """
