@@ -15,11 +15,12 @@ from tqdm import tqdm
 from atp_fast._version import __version__
 from atp_fast.hf import Plug
 from atp_fast.metrics import Metric, resolve
-from atp_fast.nodes import NodeSpace, check_kinds
+from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.pairs import PromptPairs
-from atp_fast.results import Attribution
+from atp_fast.patching import Patching
+from atp_fast.results import Attribution, PatchEffects
 from atp_fast.sweep import Scores, check_method, sweep
 
 Direction = Literal["noising", "denoising"]
@@ -118,6 +119,96 @@ class Engine:
             metadata=self._metadata(pairs, seconds),
         )
 
+    def patch(
+        self,
+        pairs: PromptPairs,
+        nodes: Sequence[Node],
+        metric: MetricLike = "logit_diff",
+        direction: Direction = "noising",
+        progress: bool | None = None,
+    ) -> PatchEffects:
+        """Exact effect of patching each node alone: I(n) = metric(run with n patched) - metric(run).
+
+        nodes: Node or ScoredNode, positions in the pairs' own columns, as `Attribution.top` gives them.
+        Returns effect (pairs, nodes), signed; `valid` is False where a pair has no token at a node's position.
+        """
+        return self._patched(pairs, list(nodes), None, None, metric, direction, progress)
+
+    def patch_subsets(
+        self,
+        pairs: PromptPairs,
+        subsets: Sequence[Sequence[Node]],
+        metric: MetricLike = "logit_diff",
+        direction: Direction = "noising",
+        pair_index: Tensor | None = None,
+        progress: bool | None = None,
+    ) -> PatchEffects:
+        """Exact effect of patching all nodes of a subset at once, for each subset.
+
+        pair_index: (subsets,), measure subset s on pair pair_index[s] only; on every pair when None.
+        Returns effect (pairs, subsets), signed; `valid` is False where a subset was not measured.
+        """
+        return self._patched(pairs, None, subsets, pair_index, metric, direction, progress)
+
+    def patching(
+        self,
+        pairs: PromptPairs,
+        kinds: Sequence[str],
+        metric: MetricLike = "logit_diff",
+        direction: Direction = "noising",
+    ) -> Patching:
+        """The pairs' two runs, kept for many calls of `Patching.effects` (inside `self.plug.plugged()`)."""
+        directed = _directed(pairs, direction)
+        self._check_context(pairs)
+        self.plug.space(1, check_kinds(kinds))
+        with self.plug.plugged():
+            return Patching(self.plug, directed, resolve(metric, directed), check_kinds(kinds))
+
+    def _patched(
+        self,
+        pairs: PromptPairs,
+        nodes: list[Node] | None,
+        subsets: Sequence[Sequence[Node]] | None,
+        pair_index: Tensor | None,
+        metric: MetricLike,
+        direction: Direction,
+        progress: bool | None,
+    ) -> PatchEffects:
+        if not isinstance(pairs, PromptPairs):
+            raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
+        sets = [list(subset) for subset in subsets] if subsets is not None else None
+        members = nodes if nodes is not None else [node for subset in sets or [] for node in subset]
+        distinct = members if sets is None else list(dict.fromkeys(members))
+        kinds = _kinds_of(distinct)
+        space = self.plug.space(pairs.clean_ids.shape[1], kinds)
+        for node in distinct:
+            space.check(node)
+        numbers = None
+        if sets is not None:
+            place = {node: i for i, node in enumerate(distinct)}
+            numbers = [[place[node] for node in subset] for subset in sets]
+        if pair_index is not None:
+            _check_pair_index(pair_index, len(sets or []), len(pairs))
+        began = time.perf_counter()
+        patching = self.patching(pairs, kinds, metric, direction)
+        columns = len(distinct) if sets is None else len(sets)
+        rows = columns * (len(pairs) if pair_index is None else 1)
+        with self.plug.plugged(), _bar(progress, rows, "patched runs") as bar:
+            effect, measured = patching.effects(distinct, numbers, pair_index, bar.update)
+        return PatchEffects(
+            effect=effect,
+            clean_value=patching.clean_value,
+            metric=resolve(metric, pairs).name,
+            direction=direction,
+            backend=self.backend,
+            model=self._model_name(),
+            nodes=nodes,
+            subsets=sets,
+            valid=None if bool(measured.all()) else measured,
+            tokens=_directed(pairs, direction).column_tokens(),
+            metadata=self._metadata(pairs, time.perf_counter() - began),
+        )
+
     # ---- plans and checks
 
     def _batches(self, pairs: PromptPairs, metric: Metric) -> list[Tensor]:
@@ -166,6 +257,20 @@ def _directed(pairs: PromptPairs, direction: str) -> PromptPairs:
     if direction not in ("noising", "denoising"):
         raise ValueError(f"direction must be 'noising' or 'denoising', got {direction!r}")
     return pairs if direction == "noising" else pairs.swapped()
+
+
+def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:
+    for node in nodes:
+        if not isinstance(node, Node):
+            raise TypeError(f"nodes must be Node(kind, layer, position, index), got {node!r}")
+    return check_kinds({node.kind for node in nodes})
+
+
+def _check_pair_index(pair_index: Tensor, subsets: int, pairs: int) -> None:
+    if tuple(pair_index.shape) != (subsets,):
+        raise ValueError(f"pair_index must have shape ({subsets},), got {tuple(pair_index.shape)}")
+    if subsets and not 0 <= int(pair_index.min()) <= int(pair_index.max()) < pairs:
+        raise ValueError(f"pair_index must be in [0, {pairs}), got {pair_index.tolist()[:8]}")
 
 
 def _bar(progress: bool | None, total: int, what: str) -> tqdm[Any]:

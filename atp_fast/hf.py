@@ -575,7 +575,7 @@ class Plug:
         widths = dict(
             q=found.heads, k=found.kv_heads, v=found.kv_heads, z=found.heads, neuron=found.neurons
         )
-        widths.update({kind: 1 for kind in COARSE_KINDS})
+        widths.update(dict.fromkeys(COARSE_KINDS, 1))
         return NodeSpace(
             found.layers, positions, {kind: widths[kind] for kind in KINDS if kind in kinds}
         )

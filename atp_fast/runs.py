@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
 from atp_fast.metrics import Metric
 from atp_fast.pairs import PromptPairs
 
@@ -36,6 +36,7 @@ class PairRuns:
     corrupted: list[Tensor] = field(default_factory=list)
     prefixes: list[Prefix | None] = field(default_factory=list)
     prefix_output: Tensor | None = None
+    values: list[Values] = field(default_factory=list)
 
     @property
     def positions(self) -> int:
@@ -63,8 +64,11 @@ def check_finite(x: Tensor, where: str) -> None:
         )
 
 
-def run_pairs(plug: Plug, given: PromptPairs) -> PairRuns:
-    """Run pairs, clean and corrupted in one batch."""
+def run_pairs(plug: Plug, given: PromptPairs, keep: Sequence[str] = ()) -> PairRuns:
+    """Run pairs, clean and corrupted in one batch.
+
+    keep: node kinds whose values stay in `values`, one dict per layer, of both runs: (2 pairs, ...), clean first.
+    """
     pairs = given.right_padded().to(plug.device)
     clean, corrupted = filled(pairs, pairs.clean_ids), filled(pairs, pairs.corrupted_ids)
     positions = clean.shape[1]
@@ -84,7 +88,9 @@ def run_pairs(plug: Plug, given: PromptPairs) -> PairRuns:
             runs.corrupted.append(x[batch:])
             prefix = prefixes[number]
             doubled = None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
-            run = LayerRun(backend=plug.backend, prefix=doubled)
+            values: Values = {}
+            run = LayerRun(plug.backend, keeper(values, keep), doubled, tuple(keep))
+            runs.values.append(values)
             x = plug.run_layer(number, x, arguments[number], run)
             check_finite(x, f"layer {number}")
     runs.clean.append(x[:batch])
@@ -110,21 +116,25 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
     return prefixes, x.expand(batch, -1, -1)
 
 
-def read_values(plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]) -> Values:
-    """Node values of one layer run on x, without a graph.
-
-    q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
-    """
-    values: Values = {}
+def keeper(values: Values, kinds: Sequence[str]) -> Visit:
+    """A visit function that notes the values of some kinds and changes nothing."""
 
     def keep(kind: str, value: Tensor) -> Tensor:
         if kind in kinds:
             values[kind] = value
         return value
 
-    keep("resid_pre", x)
+    return keep
+
+
+def read_values(plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]) -> Values:
+    """Node values of one layer run on x, without a graph.
+
+    q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
+    """
+    values: Values = {"resid_pre": x}
     if any(kind != "resid_pre" for kind in kinds):
-        run = LayerRun(plug.backend, keep, runs.prefixes[number], tuple(kinds))
+        run = LayerRun(plug.backend, keeper(values, kinds), runs.prefixes[number], tuple(kinds))
         with torch.no_grad():
             plug.run_layer(number, x, runs.arguments[number], run)
     return values

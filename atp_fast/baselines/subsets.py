@@ -71,7 +71,7 @@ class EnginePatcher:
             index = None if pair is None else torch.tensor([int(pair[row]) for row in filled])
             patched = self._patch(self._arguments, chosen, pair_index=index, **self._options)
             effect = patched.effect.detach().cpu().double().numpy()
-            found[filled] = effect if pair is not None else effect.T
+            found[filled] = effect.T if index is None else effect[index.numpy(), np.arange(len(filled))]
         return found
 
 

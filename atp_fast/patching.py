@@ -1,0 +1,353 @@
+"""Exact activation patching: the effect of one node, or of many at once, by running the model with it patched.
+
+Patching a node of layer m at position t changes nothing below m and nothing before t. So a row starts from the stored
+clean input of its lowest patched layer, joins the batch there, computes only the positions from its first patched one
+on (with the clean keys and values as prefix), and ends in logits only where the metric looks. Nodes before a pair's
+first differing token, or in its padding, have effect 0 and cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.metrics import Metric
+from atp_fast.nodes import COARSE_KINDS, KINDS, Node
+from atp_fast.pairs import PromptPairs
+from atp_fast.runs import (
+    PairRuns,
+    check_finite,
+    filled,
+    metric_logits,
+    metric_values,
+    run_pairs,
+)
+
+# what rows of one batch may take: their activations inside one layer, in numbers
+_NUMBERS_PER_BATCH = 1 << 25
+_ROWS_PER_BATCH = 1024
+
+
+class NodeTable(NamedTuple):
+    """Nodes as columns of numbers: kind (index into KINDS), layer, position (user's column), index; all (nodes,)."""
+
+    kind: Tensor
+    layer: Tensor
+    position: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node]) -> NodeTable:
+        number = {kind: i for i, kind in enumerate(KINDS)}
+        rows = [(number[kind], layer, position, index) for kind, layer, position, index in nodes]
+        return cls(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).unbind(1))
+
+
+class Patches(NamedTuple):
+    """Patched nodes of many rows, all (patches,); row counts rows, position counts from a prompt's first token."""
+
+    row: Tensor
+    kind: Tensor
+    layer: Tensor
+    position: Tensor
+    index: Tensor
+
+    def take(self, which: Tensor) -> Patches:
+        return Patches(*(column[which] for column in self))
+
+
+class Patching:
+    """Pairs ready to be patched again and again; their two runs are made once, in batches of `pairs_at_once`."""
+
+    def __init__(
+        self,
+        plug: Plug,
+        pairs: PromptPairs,
+        metric: Metric,
+        kinds: Sequence[str],
+        pairs_at_once: int = 16,
+    ) -> None:
+        """kinds: the node kinds that will be patched. The model must be plugged in, here and in `effects`."""
+        order = torch.argsort(pairs.split, descending=True, stable=True)
+        size = len(pairs) if metric.all_pairs_at_once else pairs_at_once
+        self.batches = [torch.arange(len(pairs))] if size >= len(pairs) else list(order.split(size))
+        self.sessions = [PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches]
+        self.pairs = pairs
+        self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])
+
+    def _gather(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of all batches back in the pairs' own order."""
+        return torch.cat(list(parts))[torch.argsort(torch.cat(self.batches))]
+
+    def effects(
+        self,
+        nodes: Sequence[Node],
+        subsets: Sequence[Sequence[int]] | None = None,
+        pair_index: Tensor | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> tuple[Tensor, Tensor]:
+        """Signed effects (pairs, subsets) of patching subsets of `nodes` (numbers into it; each alone when None).
+
+        pair_index: (subsets,), the one pair each subset is measured on. Also returns which effects were measured, bool
+        of the same shape: a pair that lacks a node's position, or was not asked for, is False.
+        """
+        table = NodeTable.of(nodes)
+        if subsets is None:
+            subset = node = torch.arange(len(nodes))
+            count = len(nodes)
+        else:
+            count = len(subsets)
+            sizes = torch.tensor([len(members) for members in subsets], dtype=torch.int64)
+            subset = torch.arange(count).repeat_interleave(sizes)
+            node = torch.tensor([i for members in subsets for i in members], dtype=torch.int64)
+        effect = torch.zeros((len(self.pairs), count), dtype=self.clean_value.dtype)
+        measured = torch.zeros(effect.shape, dtype=torch.bool)
+        for rows, session in zip(self.batches, self.sessions, strict=True):
+            if pair_index is None:
+                effect[rows] = session.effects(table, subset, node, count, advance=advance)
+                measured[rows] = _all_present(self.pairs[rows], table, subset, node, count)
+                continue
+            place = torch.full((len(self.pairs),), -1)
+            place[rows] = torch.arange(len(rows))
+            mine = (place[pair_index] >= 0).nonzero().flatten()
+            renumber = torch.full((count,), -1)
+            renumber[mine] = torch.arange(len(mine))
+            member = renumber[subset] >= 0
+            where = pair_index[mine]
+            effect[where, mine] = session.effects(
+                table, renumber[subset[member]], node[member], len(mine), place[where], advance
+            )
+            measured[where, mine] = True
+        return effect, measured
+
+
+def _all_present(
+    pairs: PromptPairs, table: NodeTable, subset: Tensor, node: Tensor, subsets: int
+) -> Tensor:
+    """(pairs, subsets) bool: the pair has a real token at every node of the subset."""
+    missing = ~pairs.attention_mask.cpu()[:, table.position[node]]
+    count = torch.zeros((len(pairs), subsets), dtype=torch.int64).index_add_(
+        1, subset, missing.long()
+    )
+    return count == 0
+
+
+class PatchSession:
+    """A batch of pairs ready to be patched: both runs, the node values of both, and the clean metric."""
+
+    def __init__(
+        self, plug: Plug, pairs: PromptPairs, metric: Metric, kinds: Sequence[str]
+    ) -> None:
+        """kinds: the node kinds that will be patched."""
+        self.plug, self.pairs, self.metric = plug, pairs, metric
+        kept = tuple({*kinds, "k", "v"} - {"resid_pre"})
+        self.runs: PairRuns = run_pairs(plug, pairs, kept)
+        self.keys_values = [self._clean_keys_values(layer) for layer in range(len(plug.layers))]
+        batch = len(pairs)
+        self.corrupted = [
+            {kind: t[batch:] for kind, t in values.items() if kind in kinds} | {"resid_pre": x}
+            for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
+        ]
+        self.runs.values = []
+        with torch.no_grad():
+            self.clean_value = metric_values(plug, self.runs, self.runs.clean[-1], metric)
+            self.source_logits = (
+                metric_logits(plug, self.runs, self.runs.corrupted[-1], metric)
+                if metric.needs_source_logits
+                else None
+            )
+            whole = metric.positions == "all" or metric.all_pairs_at_once
+            self.clean_logits = (
+                metric_logits(plug, self.runs, self.runs.clean[-1], metric) if whole else None
+            )
+
+    def _clean_keys_values(self, layer: int) -> Prefix:
+        """Keys and values of the clean run at every position, (pairs, kv_heads, positions, dim)."""
+        values, prefix, batch = self.runs.values[layer], self.runs.prefixes[layer], len(self.pairs)
+        k, v = values["k"][:batch], values["v"][:batch]
+        if prefix is None:
+            return Prefix(k, v)
+        return Prefix(torch.cat([prefix.k, k], 2), torch.cat([prefix.v, v], 2))
+
+    def effects(
+        self,
+        table: NodeTable,
+        subset: Tensor,
+        node: Tensor,
+        subsets: int,
+        pair_index: Tensor | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> Tensor:
+        """Signed effects of patching each subset of nodes at once.
+
+        subset, node: (members,), subset number and row of `table` of every member;
+        pair_index: (subsets,), the pair each subset is measured on; every pair when None.
+        Returns (pairs, subsets), or (subsets,) with pair_index.
+        """
+        pairs = len(self.pairs)
+        if pair_index is None:
+            pair = torch.arange(pairs).repeat_interleave(len(subset))
+            subset, node = subset.repeat(pairs), node.repeat(pairs)
+            row = pair * subsets + subset
+            row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        else:
+            pair, row, row_pair = pair_index[subset], subset, pair_index
+        position = table.position[node] - self.pairs.starts.cpu()[pair]
+        first, length = self.pairs.split.cpu()[pair], self.pairs.lengths.cpu()[pair]
+        moved = (position >= first) & (position < length)
+        patches = Patches(
+            row, table.kind[node], table.layer[node], position, table.index[node]
+        ).take(moved)
+        found = torch.zeros(len(row_pair), dtype=self.clean_value.dtype)
+        if self.metric.all_pairs_at_once:
+            if pair_index is not None:
+                raise ValueError(
+                    "pair_index needs a metric of single pairs, got one that sees all pairs at once"
+                )
+            self._all_at_once(patches, found.view(pairs, subsets), advance)
+        else:
+            done = 0
+            for rows in self._batches(patches, len(row_pair)):
+                logits = self._run(patches, rows, row_pair)
+                found[rows] = self._values(logits, row_pair[rows]).cpu()
+                advance(len(rows))
+                done += len(rows)
+            advance(len(row_pair) - done)
+        return found.view(pairs, subsets) if pair_index is None else found
+
+    def _values(self, logits: Tensor, pair: Tensor) -> Tensor:
+        at = pair.to(logits.device)
+        source = None if self.source_logits is None else self.source_logits[at]
+        return self.metric(logits, self.pairs[pair], source) - self.clean_value[at]
+
+    def _all_at_once(
+        self, patches: Patches, found: Tensor, advance: Callable[[int], object]
+    ) -> None:
+        """For a metric that must see all pairs' logits in one call: one subset at a time."""
+        pairs, subsets = found.shape
+        assert self.clean_logits is not None
+        row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        touched = torch.unique(patches.row)
+        for subset in range(subsets):
+            rows = touched[touched % subsets == subset]
+            if len(rows):
+                logits = self.clean_logits.clone()
+                logits[row_pair[rows].to(logits.device)] = self._run(patches, rows, row_pair)
+                values = self.metric(logits, self.pairs, self.source_logits)
+                found[:, subset] = (values - self.clean_value).cpu()
+            advance(pairs)
+
+    # ---- batches of rows
+
+    def _batches(self, patches: Patches, rows: int) -> list[Tensor]:
+        """Rows with a patch, in batches of similar first position, each sorted by first layer."""
+        layer, position = _firsts(patches, rows)
+        touched = torch.unique(patches.row)
+        key = position[touched] * len(self.plug.layers) + layer[touched]
+        order = touched[torch.argsort(key, stable=True)]
+        batches, start = [], 0
+        while start < len(order):
+            width = self.runs.start + self.runs.positions - int(position[order[start]])
+            size = max(
+                1,
+                min(_ROWS_PER_BATCH, _NUMBERS_PER_BATCH // (width * self._numbers_per_position())),
+            )
+            batches.append(order[start : start + size])
+            start += size
+        return batches
+
+    def _numbers_per_position(self) -> int:
+        found = self.plug.inspection
+        return 4 * found.hidden + 3 * found.neurons + 3 * found.heads * found.head_dim
+
+    def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor) -> Tensor:
+        """Run patched rows from their first layer to the logits of the metric, in the order of `rows`."""
+        plug, runs = self.plug, self.runs
+        number = torch.full((int(row_pair.numel()),), -1, dtype=torch.int64)
+        number[rows] = torch.arange(len(rows))
+        mine = patches.take(number[patches.row] >= 0)
+        mine = mine._replace(row=number[mine.row])
+        layers, positions = _firsts(mine, len(rows))
+        begin = int(positions.min()) if plug.moves else 0
+        order = torch.argsort(layers, stable=True)
+        back = torch.argsort(order)
+        mine = mine._replace(row=back[mine.row])
+        layers, pair = layers[order], row_pair[rows][order].to(plug.device)
+        ids = filled(runs.pairs, runs.pairs.clean_ids)[:, begin:]
+        with torch.no_grad():
+            arguments = plug.enter(ids, begin)[1]
+            x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
+            for layer in range(int(layers[0]), len(plug.layers)):
+                active = int((layers <= layer).sum())
+                joining = pair[len(x) : active]
+                if len(joining):
+                    x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
+                x = self._run_layer(layer, x, mine, pair[:active], begin, arguments[layer])
+            check_finite(x, "a patched run")
+            return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
+
+    def _run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        patches: Patches,
+        pair: Tensor,
+        begin: int,
+        arguments: LayerArguments,
+    ) -> Tensor:
+        """One layer on the active rows x (rows, positions from `begin`, hidden), with its patches made."""
+        here = patches.take(patches.layer == layer)
+        corrupted, start = self.corrupted[layer], self.runs.start
+        device = x.device
+
+        def patch(kind: str, value: Tensor) -> Tensor:
+            at = here.take(here.kind == KINDS.index(kind))
+            if len(at.row) == 0:
+                return value
+            row, position, index = at.row.to(device), at.position.to(device), at.index.to(device)
+            source, target = position - start, position - begin
+            value = value.clone()
+            if kind in COARSE_KINDS:
+                value[row, target] = corrupted[kind][pair[row], source]
+            elif kind == "neuron":
+                value[row, target, index] = corrupted[kind][pair[row], source, index]
+            else:
+                value[row, index, target] = corrupted[kind][pair[row], index, source]
+            return value
+
+        keys_values = self.keys_values[layer]
+        prefix = Prefix(*(t[:, :, :begin][pair] for t in keys_values)) if begin else None
+        kinds = tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
+        run = LayerRun(self.plug.backend, patch if kinds else None, prefix, kinds)
+        rows = arguments.rows(pair, len(self.pairs))
+        return self.plug.run_layer(layer, patch("resid_pre", x), rows, run)
+
+    def _logits(self, x: Tensor, pair: Tensor, begin: int) -> Tensor:
+        """Logits where the metric looks, of the last layer's output x (rows, positions from `begin`, hidden)."""
+        rows = torch.arange(len(x), device=x.device)
+        if self.metric.positions == "last":
+            return self.plug.logits(x[rows, self.runs.pairs.last[pair] - begin][:, None])
+        assert self.clean_logits is not None
+        given = self.pairs
+        logits = self.clean_logits[pair].clone()
+        patched = self.plug.logits(x)
+        columns = torch.arange(logits.shape[1], device=x.device)
+        source = columns - given.starts.to(x.device)[pair][:, None] - begin
+        real = (source >= 0) & (source < patched.shape[1])
+        gathered = patched.gather(
+            1, source.clamp(0, patched.shape[1] - 1)[..., None].expand_as(logits)
+        )
+        return torch.where(real[..., None], gathered, logits)
+
+
+def _firsts(patches: Patches, rows: int) -> tuple[Tensor, Tensor]:
+    """Lowest patched layer and first patched position of each row; rows without a patch get large numbers."""
+    none = torch.iinfo(torch.int64).max
+    first = torch.full((2, rows), none)
+    for i, column in enumerate((patches.layer, patches.position)):
+        first[i].scatter_reduce_(0, patches.row, column, "amin")
+    return first[0], first[1]
