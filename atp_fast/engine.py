@@ -216,7 +216,7 @@ class Engine:
         order = torch.argsort(pairs.split, descending=True, stable=True)
         if metric.all_pairs_at_once:
             return [torch.arange(len(pairs))]
-        return list(order.split(16))
+        return list(torch.split(order, 16))
 
     def _check_context(self, pairs: PromptPairs) -> None:
         context, longest = self.plug.inspection.context, int(pairs.lengths.max())
@@ -224,7 +224,7 @@ class Engine:
             raise ValueError(
                 f"pairs must fit the model's context of {context} tokens, got a prompt of {longest}"
             )
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocabulary = self.plug.vocabulary
         largest = max(int(pairs.clean_ids.max()), int(pairs.corrupted_ids.max()))
         if largest >= vocabulary:
             raise ValueError(
@@ -246,7 +246,7 @@ class Engine:
             "pairs": str(len(pairs)),
             "pairs_digest": pairs.digest(),
             "seconds": f"{seconds:.3f}",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
 

@@ -307,7 +307,7 @@ class Plug:
     def _learn(self, config: Any) -> None:
         """Run a short prompt, find out what each layer is made of, and compare with the model's own eager run."""
         length = min(8, self.inspection.context or 8)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.vocabulary
         ids = (torch.arange(length, device=self.device)[None] * 7 + 3) % vocabulary
         ids = (
             torch.where(ids == config.pad_token_id, self._plain_token, ids)
@@ -376,7 +376,7 @@ class Plug:
             finally:
                 _running.reset(token)
         layer.as_tuple = isinstance(out, tuple)
-        return out[0] if layer.as_tuple else out
+        return _first(out)
 
     def _name_parts(
         self,
@@ -429,7 +429,7 @@ class Plug:
 
     def _compare_with_eager(self, ids: Tensor, logits: Tensor) -> None:
         with self._implementation("eager"):
-            eager = self.model(input_ids=ids, use_cache=False).logits
+            eager: Tensor = self.model(input_ids=ids, use_cache=False).logits
         tolerance = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}.get(
             logits.dtype, 5e-2
         )
@@ -463,12 +463,24 @@ class Plug:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self._embedding.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self._embedding.shape[0]
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @contextlib.contextmanager
     def _implementation(self, name: str) -> Iterator[None]:
         """Every config of the model says attention `name`; the settings come back at the end."""
-        configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
+        configs: dict[int, Any] = {
+            id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")
+        }
         for config in list(configs.values()):
             for key in getattr(config, "sub_configs", {}):
                 if (sub := getattr(config, key, None)) is not None:
@@ -546,7 +558,7 @@ class Plug:
                 out = layer.module(x, *arguments.args, **arguments.kwargs)
         finally:
             _running.reset(token)
-        return out[0] if isinstance(out, tuple) else out
+        return _first(out)
 
     @staticmethod
     def _watched(layer: Layer, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -560,7 +572,8 @@ class Plug:
         """Logits (batch, positions, vocab) of the last layer's output x (batch, positions, hidden)."""
         ids = torch.full(x.shape[:2], self._plain_token, dtype=torch.int64, device=self.device)
         with self._stepped_over(x):
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     # ---- nodes
 
@@ -604,6 +617,13 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
         )
     _check_eval(model)
     return model
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states a layer returns, alone or first of a tuple."""
+    hidden = out[0] if isinstance(out, tuple) else out
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _check_eval(model: nn.Module) -> None:

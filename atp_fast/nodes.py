@@ -21,7 +21,7 @@ class Node(NamedTuple):
     kind: str
     layer: int
     position: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # the field's name; tuple.index is not used
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,11 @@ def check_kinds(nodes: Iterable[str]) -> tuple[str, ...]:
 def label(node: Node, tokens: Sequence[str] | None = None) -> str:
     """A short name such as `L5 H3 k @7 ' Mary'`."""
     part = {"neuron": f"N{node.index}"}.get(node.kind, f"H{node.index}")
-    name = f"L{node.layer} {node.kind}" if node.kind in COARSE_KINDS else f"L{node.layer} {part} {node.kind}"
+    name = (
+        f"L{node.layer} {node.kind}"
+        if node.kind in COARSE_KINDS
+        else f"L{node.layer} {part} {node.kind}"
+    )
     if node.kind == "neuron":
         name = f"L{node.layer} {part}"
     at = f" @{node.position}"

@@ -38,7 +38,7 @@ class NodeTable(NamedTuple):
     kind: Tensor
     layer: Tensor
     position: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not used
 
     @classmethod
     def of(cls, nodes: Sequence[Node]) -> NodeTable:
@@ -54,7 +54,7 @@ class Patches(NamedTuple):
     kind: Tensor
     layer: Tensor
     position: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not used
 
     def take(self, which: Tensor) -> Patches:
         return Patches(*(column[which] for column in self))
@@ -74,7 +74,9 @@ class Patching:
         """kinds: the node kinds that will be patched. The model must be plugged in, here and in `effects`."""
         order = torch.argsort(pairs.split, descending=True, stable=True)
         size = len(pairs) if metric.all_pairs_at_once else pairs_at_once
-        self.batches = [torch.arange(len(pairs))] if size >= len(pairs) else list(order.split(size))
+        self.batches = (
+            [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
+        )
         self.sessions = [PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches]
         self.pairs = pairs
         self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])

@@ -163,7 +163,7 @@ def sweep(
     *,
     rows: Tensor,
     chunk: int | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Add the scores of a batch of pairs; returns the metric of the clean and of the corrupted runs, (pairs,) each.
 
@@ -199,7 +199,7 @@ class _Layer:
     ) -> None:
         self.number, self.layers, self.method, self.kinds = number, len(plug.layers), method, kinds
         self.plug, self.start = plug, runs.start
-        corrupted = read_values(plug, runs, number, runs.corrupted[number], {*kinds, "q", "k"})
+        corrupted = read_values(plug, runs, number, runs.corrupted[number], (*kinds, "q", "k"))
         self.tape = LayerTape(plug, runs, number, kinds)
         self.corrupted = corrupted
         self.delta = {kind: corrupted[kind] - self.tape.values[kind].detach() for kind in kinds}

@@ -91,9 +91,13 @@ def _check_attention(
         if key_mask.dtype != torch.bool:
             raise ValueError(f"key_mask must be bool, True on real keys, got {key_mask.dtype}")
         if tuple(key_mask.shape) != (batch, keys):
-            raise ValueError(f"key_mask must have shape {(batch, keys)}, got {tuple(key_mask.shape)}")
+            raise ValueError(
+                f"key_mask must have shape {(batch, keys)}, got {tuple(key_mask.shape)}"
+            )
     default = max(head_dim, 1) ** -0.5
-    return Scoring(default if scale is None else float(scale), causal, window, softcap, sinks, key_mask)
+    return Scoring(
+        default if scale is None else float(scale), causal, window, softcap, sinks, key_mask
+    )
 
 
 def _check_cotangents(name: str, grad: Tensor, q: Tensor, v: Tensor) -> None:

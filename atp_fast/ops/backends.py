@@ -22,7 +22,9 @@ _failures: dict[str, ImportError] = {}
 def load(name: str) -> ModuleType:
     """The module of a backend; the ImportError that kept it from loading is kept and raised again."""
     if name in _failures:
-        raise ImportError(f"backend {name!r} is not available: {_failures[name]}") from _failures[name]
+        raise ImportError(f"backend {name!r} is not available: {_failures[name]}") from _failures[
+            name
+        ]
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(_MODULES[name])

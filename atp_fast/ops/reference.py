@@ -67,7 +67,8 @@ def grouped(x: Tensor, heads: int) -> Tensor:
 
 def ungrouped(x: Tensor, kv_heads: int, dim: int) -> Tensor:
     """Sum over the query heads of each key/value head along dim."""
-    return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads)).sum(dim + 1)
+    shape = (*x.shape[:dim], kv_heads, x.shape[dim] // kv_heads, *x.shape[dim + 1 :])
+    return x.reshape(shape).sum(dim + 1)
 
 
 def admissible(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
@@ -120,9 +121,7 @@ def softmax_and_logsumexp(scores: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]
     return torch.exp(scores - finite[..., None]), lse
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
-) -> tuple[Tensor, AttentionStats]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
     """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
     values = wide(grouped(v, q.shape[1]))
     scores, sink = logits(q, k, scoring), sink_logits(q, scoring)
@@ -247,4 +246,5 @@ def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
     effect = (wide(delta) * wide(grad)).sum(-1)
     if weights is None:
         return effect
-    return torch.tensordot(weights.to(effect.dtype), effect.abs(), dims=1)
+    score: Tensor = torch.tensordot(weights.to(effect.dtype), effect.abs(), dims=1)
+    return score
