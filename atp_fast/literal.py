@@ -246,9 +246,9 @@ def _forward(
 
 def _own_columns(x: Tensor, pairs: PromptPairs) -> Tensor:
     """(pairs, positions, ...) moved from the right-padded layout to the pairs' own; zero on padding."""
-    source = torch.arange(x.shape[1], device=x.device) - pairs.starts[:, None]
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    moved = x[rows, source.clamp(min=0)]
+    columns = torch.arange(pairs.clean_ids.shape[1], device=x.device)
+    source = (columns - pairs.starts[:, None]).clamp(0, x.shape[1] - 1)
+    moved = x[torch.arange(len(x), device=x.device)[:, None], source]
     real = pairs.attention_mask.reshape(*pairs.attention_mask.shape, *[1] * (x.ndim - 2))
     return torch.where(real, moved, torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -275,7 +275,8 @@ def _batch_effects(
 
     Both kind -> (pairs, layers, positions, nodes), in the pairs' own columns.
     """
-    right, positions = pairs.right_padded(), pairs.clean_ids.shape[1]
+    right = pairs.right_padded()
+    positions = right.clean_ids.shape[1]
     last = right.last if metric.positions == "last" else None
 
     def run(ids: Tensor) -> tuple[Tape, Tensor]:
