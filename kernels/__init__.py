@@ -1,1 +1,1 @@
-"""Triton kernels, installed as atp_fast.kernels; importing this package alone does not import triton."""
+"""Triton kernels of the ops, one module per op; installed as atp_fast.kernels. Reached through atp_fast.ops."""

@@ -1,0 +1,272 @@
+"""Attention forward with leave-one-out statistics.
+
+    z_i = sum_j p_ij v_j,  p = softmax over admissible keys and the sink (value 0)
+    top_key_i = argmax_j s_ij;  over everything else: loo_logsumexp_i and loo_z_i, the mean of v
+
+q: (batch, heads, queries, head_dim); k: (batch, kv_heads, keys, head_dim); v: (batch, kv_heads, keys, v_dim).
+Outputs, float32 and contiguous: z, loo_z (batch, heads, queries, v_dim); logsumexp, loo_logsumexp (batch, heads,
+queries); top_key int64. Logits, weights and sums are float32; operands of products stay in the input dtype, and
+the weights of a narrow dtype go in as a high and a low part, so that z keeps about 2**-17 (it is the mean that
+the effects are taken against).
+
+One program owns BLOCK_M queries of one head and passes over the keys twice. The first pass finds, without a
+reduction in its loop, the largest logit, its key and the second largest. With these known the second pass
+accumulates everything but the top key at a fixed offset: no rescaling, and no gather of a deposed top key's
+value inside the loop, which no prefetch could hide. The price is one more product q k^T in an op that runs
+once per layer, beside (5 C + 2) products of the backward pass.
+
+Bytes moved per program: (2 head_dim + v_dim) elements per key in reach, from L2 but for the first program of a
+head; head_dim elements and (2 v_dim + 4) float32 per query.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atp_fast.kernels.launch import (
+    Blocks,
+    Scoring,
+    candidates,
+    dot_precision,
+    run,
+    scoring_arguments,
+    sizes_of,
+    strides,
+)
+from atp_fast.kernels.tiles import load_rows, logits, sigmoid, store_rows, visible
+
+
+@triton.jit
+def _masked_logits(
+    q,
+    k_ptrs,
+    mask_ptr,
+    offs_n,
+    positions,
+    stride_kn,
+    stride_kd,
+    stride_mn,
+    keys,
+    scale,
+    window,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] logits, -inf where a key is not admissible."""
+    k = load_rows(k_ptrs, offs_n, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
+    s = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+    real = offs_n < keys
+    if mask_ptr is not None:
+        real = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mn, mask=real, other=0) != 0
+    seen = visible(positions[:, None] - offs_n[None, :], window, CAUSAL) & real[None, :]
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window"])
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    sinks_ptr,
+    mask_ptr,
+    z_ptr,
+    logsumexp_ptr,
+    top_key_ptr,
+    loo_logsumexp_ptr,
+    loo_z_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_mb,
+    stride_mn,
+    heads,
+    kv_heads,
+    queries,
+    keys,
+    scale,
+    window,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    # the last queries see the most keys: they start first
+    block = blocks - 1 - pid % blocks
+    batch_head = pid // blocks
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = head // (heads // kv_heads)
+    start_m = (block * BLOCK_M).to(tl.int32)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    positions = offs_m + (keys - queries)
+
+    low = 0
+    high = keys
+    if window is not None:
+        low = tl.maximum(start_m + (keys - queries) - window + 1, 0) // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.minimum(start_m + BLOCK_M + (keys - queries), keys)
+
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    q_base = q_ptr + batch * stride_qb + head * stride_qh
+    if mask_ptr is not None:
+        mask_ptr += batch * stride_mb
+    # [BLOCK_M, BLOCK_D]
+    q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+
+    # per column of the tile: largest and second largest logit so far, and the tile of the largest
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    second = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start_n in range(low, high, BLOCK_N):
+        s = _masked_logits(
+            q, k_base, mask_ptr, start_n + cols, positions, stride_kn, stride_kd, stride_mn, keys,
+            scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
+        )  # fmt: skip
+        second = tl.maximum(second, tl.minimum(best, s))
+        tile = tl.where(s > best, start_n, tile)
+        best = tl.maximum(best, s)
+    largest = tl.max(best, 1)
+    at = tile + cols[None, :]
+    top = tl.min(tl.where(best == largest[:, None], at, 2147483647), 1)
+    offset = tl.max(tl.where(at == top[:, None], second, best), 1)
+    top = tl.where(largest == float("-inf"), -1, top)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head)
+        offset = tl.maximum(offset, sink)
+    offset = tl.where(offset == float("-inf"), 0.0, offset)
+
+    loo_z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        total += tl.exp(sink - offset)
+    for start_n in range(low, high, BLOCK_N):
+        offs_n = start_n + cols
+        s = _masked_logits(
+            q, k_base, mask_ptr, offs_n, positions, stride_kn, stride_kd, stride_mn, keys,
+            scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
+        )  # fmt: skip
+        p = tl.where(offs_n[None, :] == top[:, None], 0.0, tl.exp(s - offset[:, None]))
+        total += tl.sum(p, 1)
+        # [BLOCK_N, BLOCK_V]
+        v = load_rows(v_base, offs_n, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+        if v.dtype == tl.float32:
+            loo_z = tl.dot(p, v, loo_z, input_precision=PRECISION)
+        else:
+            coarse = p.to(v.dtype)
+            fine = (p - coarse.to(tl.float32)).to(v.dtype)
+            loo_z = tl.dot(coarse, v, loo_z, input_precision=PRECISION)
+            loo_z = tl.dot(fine, v, loo_z, input_precision=PRECISION)
+    empty = total == 0
+    loo_z = loo_z / tl.where(empty, 1.0, total)[:, None]
+    loo_logsumexp = tl.where(empty, float("-inf"), offset + tl.log(tl.where(empty, 1.0, total)))
+
+    # join the top key again
+    nothing = largest == float("-inf")
+    lead = tl.where(nothing, float("-inf"), largest - loo_logsumexp)
+    v_top_rows = tl.where(nothing, keys, top)
+    v_top = load_rows(v_base, v_top_rows, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+    z = sigmoid(-lead)[:, None] * loo_z + sigmoid(lead)[:, None] * v_top.to(tl.float32)
+    gap = tl.abs(tl.where(nothing | empty, 0.0, lead))
+    joined = tl.maximum(largest, loo_logsumexp) + tl.log(1.0 + tl.exp(-gap))
+    logsumexp = tl.where(nothing, loo_logsumexp, tl.where(empty, largest, joined))
+
+    row = batch_head * queries
+    inside = offs_m < queries
+    tl.store(logsumexp_ptr + row + offs_m, logsumexp, mask=inside)
+    tl.store(loo_logsumexp_ptr + row + offs_m, loo_logsumexp, mask=inside)
+    tl.store(top_key_ptr + row + offs_m, top.to(tl.int64), mask=inside)
+    store_rows(z_ptr + row * V_DIM, offs_m, queries, z, V_DIM, BLOCK_V)
+    store_rows(loo_z_ptr + row * V_DIM, offs_m, queries, loo_z, V_DIM, BLOCK_V)
+
+
+CONFIGS = {
+    (2, 64): (Blocks(64, 64, 1, 4, 3),),
+    (2, 128): (Blocks(64, 64, 1, 4, 2),),
+    (2, 256): (Blocks(64, 32, 1, 4, 2),),
+    (4, 64): (Blocks(64, 32, 1, 4, 2),),
+    (4, 128): (Blocks(64, 32, 1, 4, 2),),
+    (4, 256): (Blocks(32, 32, 1, 4, 1),),
+}
+
+
+class Outputs(NamedTuple):
+    """z and the statistics of every query row, float32; the fields of the reference's AttentionStats."""
+
+    z: Tensor
+    logsumexp: Tensor
+    top_key: Tensor
+    loo_logsumexp: Tensor
+    loo_z: Tensor
+
+
+def launch_attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, blocks: Blocks | None = None
+) -> Outputs:
+    """Attention output before rounding to q's dtype, and its row statistics."""
+    sizes = sizes_of(q, k, v)
+    rows = (sizes.batch, sizes.heads, sizes.queries)
+    out = Outputs(
+        torch.empty((*rows, sizes.v_dim), dtype=torch.float32, device=q.device),
+        torch.empty(rows, dtype=torch.float32, device=q.device),
+        torch.empty(rows, dtype=torch.int64, device=q.device),
+        torch.empty(rows, dtype=torch.float32, device=q.device),
+        torch.empty((*rows, sizes.v_dim), dtype=torch.float32, device=q.device),
+    )
+    if out.logsumexp.numel() == 0:
+        return out
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "sinks_ptr": None
+        if scoring.sinks is None
+        else scoring.sinks.to(torch.float32).contiguous(),
+        "z_ptr": out.z,
+        "logsumexp_ptr": out.logsumexp,
+        "top_key_ptr": out.top_key,
+        "loo_logsumexp_ptr": out.loo_logsumexp,
+        "loo_z_ptr": out.loo_z,
+        **strides("q", q, "bhmd"),
+        **strides("k", k, "bhnd"),
+        **strides("v", v, "bhnd"),
+        **scoring_arguments(scoring, sizes),
+        "PRECISION": dot_precision(q.dtype),
+    }
+    choices = (blocks,) if blocks else candidates(CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    heads = sizes.batch * sizes.heads
+    run(
+        _attention_fwd_kernel,
+        lambda b: heads * triton.cdiv(sizes.queries, b.block_m),
+        arguments,
+        choices,
+        q,
+    )
+    return out

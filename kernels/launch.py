@@ -1,0 +1,163 @@
+"""How the kernels are launched: sizes and dtypes they take, block sizes, tuning, start.
+
+A kernel's blocks come from the caller or from its CONFIGS, keyed by element size and padded head size. On CUDA,
+where there are several, triton.autotune measures them once per (head sizes, dtype), not per sequence length;
+elsewhere (the interpreter, a compile without a GPU) the first one is taken. No kernel reads what it writes, so
+that runs repeated by the autotuner change nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIM = 256
+
+
+class Scoring(NamedTuple):
+    """How a query and a key become a logit, as in the reference: the options of every attention op."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    key_mask: Tensor | None
+
+
+class Blocks(NamedTuple):
+    """Block sizes of one launch: queries, keys, cotangents per program; warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+Configs = Mapping[tuple[int, int], tuple[Blocks, ...]]
+
+
+class Sizes(NamedTuple):
+    """The extents of an attention call."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    v_dim: int
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """ValueError unless the kernels take x's dtype (float64 runs on the CPU backends only)."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16 for backend 'triton', got {x.dtype}"
+        )
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    """Extents of q (batch, heads, queries, head_dim), k and v; ValueError for what no kernel takes."""
+    check_dtype("q", q)
+    sizes = Sizes(
+        q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    )
+    for name, dim in (("q's head_dim", sizes.head_dim), ("v's head_dim", sizes.v_dim)):
+        if dim > _MAX_DIM:
+            raise ValueError(f"{name} must be at most {_MAX_DIM} for backend 'triton', got {dim}")
+    return sizes
+
+
+def padded(dim: int) -> int:
+    """The tile width that holds dim columns: a power of two that a matrix instruction accepts."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """input_precision of the products of float32 tiles.
+
+    float32 inputs: three TF32 products (error about 2**-21 of sum |x| |y|); float16 inputs: one, it holds them
+    exactly; AMD has full float32 matrix instructions. bfloat16 tiles ignore it.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
+    """x's strides as kernel arguments: strides("q", q, "bhmd") names them stride_qb to stride_qd."""
+    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate(axes)}
+
+
+def scoring_arguments(scoring: Scoring, sizes: Sizes) -> dict[str, Any]:
+    """The arguments by which every tile kernel scores: what is absent is None and costs nothing."""
+    mask = scoring.key_mask
+    window = scoring.window
+    return {
+        "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        "stride_mb": 0 if mask is None else mask.stride(0),
+        "stride_mn": 0 if mask is None else mask.stride(1),
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "queries": sizes.queries,
+        "keys": sizes.keys,
+        "scale": scoring.scale,
+        "window": None if window is None or window >= sizes.keys else window,
+        "softcap": scoring.softcap,
+        "HEAD_DIM": sizes.head_dim,
+        "V_DIM": sizes.v_dim,
+        "BLOCK_D": padded(sizes.head_dim),
+        "BLOCK_V": padded(sizes.v_dim),
+        "CAUSAL": scoring.causal,
+    }
+
+
+def candidates(configs: Configs, dtype: torch.dtype, *dims: int) -> tuple[Blocks, ...]:
+    """The configurations for a dtype and the widest of the head sizes."""
+    return configs[(dtype.itemsize, max(64, *(padded(dim) for dim in dims)))]
+
+
+def _meta(blocks: Blocks) -> dict[str, int]:
+    return {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "CHUNK": blocks.chunk}
+
+
+@functools.cache
+def _tuned(kernel: Any, choices: tuple[Blocks, ...]) -> Any:
+    configs = [
+        triton.Config(_meta(b), num_warps=b.num_warps, num_stages=b.num_stages) for b in choices
+    ]
+    return triton.autotune(configs=configs, key=["HEAD_DIM", "V_DIM"])(kernel)
+
+
+def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+    kernel[grid](**arguments)
+
+
+def run(
+    kernel: Any,
+    programs: Callable[[Blocks], int],
+    arguments: dict[str, Any],
+    choices: tuple[Blocks, ...],
+    on: Tensor,
+) -> None:
+    """Start kernel on the device of `on` with one of the choices; programs gives their grid's size."""
+    with torch.cuda.device_of(on):
+        if on.is_cuda and len(choices) > 1:
+            tuned = _tuned(kernel, choices)
+
+            def grid(meta: dict[str, int]) -> tuple[int]:
+                return (programs(Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)),)
+
+            _start(tuned, grid, arguments)
+            return
+        blocks = choices[0]
+        launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+        _start(kernel, (programs(blocks),), {**arguments, **_meta(blocks), **launch})

@@ -1,0 +1,126 @@
+"""Pieces of the tile kernels: loads, visibility, logits, the exact weights of the key fix.
+
+Every tile is float32 once it is a logit. Functions that may not cancel: expm1 and tanh by polynomials near 0,
+differences of sigmoids by expm1 of a fall.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base_ptr, offs_r, limit, stride_r, stride_d, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows offs_r of a matrix, [rows, BLOCK], zeros from row `limit` and from column DIM on."""
+    offs_d = tl.arange(0, BLOCK)
+    offsets = offs_r.to(tl.int64)[:, None] * stride_r + offs_d.to(tl.int64)[None, :] * stride_d
+    inside = (offs_r < limit)[:, None] & (offs_d < DIM)[None, :]
+    return tl.load(base_ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base_ptr, offs_r, limit, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows offs_r of a contiguous matrix of DIM columns."""
+    offs_d = tl.arange(0, BLOCK)
+    offsets = offs_r.to(tl.int64)[:, None] * DIM + offs_d[None, :]
+    inside = (offs_r < limit)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(base_ptr + offsets, x.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def visible(distance, window, CAUSAL: tl.constexpr):
+    """Which keys lie in reach, given query position minus key position."""
+    if window is not None:
+        seen = distance < window
+        if CAUSAL:
+            seen = seen & (distance >= 0)
+    elif CAUSAL:
+        seen = distance >= 0
+    else:
+        seen = distance == distance
+    return seen
+
+
+@triton.jit
+def weigh(weights, x, acc, PRECISION: tl.constexpr):
+    """acc + weights @ x, the float32 weights rounded to x's dtype.
+
+    float16 has too little range for gradients of logits: there both go in as TF32, which holds x exactly.
+    """
+    if x.dtype == tl.bfloat16:
+        acc = tl.dot(weights.to(tl.bfloat16), x, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(weights, x.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def small_expm1(x):
+    """exp(x) - 1 for |x| < 1/2, relative error below 2**-24 before rounding."""
+    y = 1.0 / 40320.0
+    y = y * x + 1.0 / 5040.0
+    y = y * x + 1.0 / 720.0
+    y = y * x + 1.0 / 120.0
+    y = y * x + 1.0 / 24.0
+    y = y * x + 1.0 / 6.0
+    y = y * x + 0.5
+    return (y * x + 1.0) * x
+
+
+@triton.jit
+def tanh(x):
+    """tanh by its series below 1/4 and by exponentials above, so that neither cancels."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    series = -1382.0 / 155925.0
+    series = series * y + 62.0 / 2835.0
+    series = series * y - 17.0 / 315.0
+    series = series * y + 2.0 / 15.0
+    series = series * y - 1.0 / 3.0
+    near = x + x * y * series
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def logits(raw, scale, softcap):
+    """Logits from raw products q . k."""
+    s = raw * scale
+    if softcap is not None:
+        s = softcap * tanh(s / softcap)
+    return s
+
+
+@triton.jit
+def soften(ds, s, softcap):
+    """A gradient by the logits s as one by scale * q . k: times the derivative of the softcap."""
+    if softcap is not None:
+        squashed = s / softcap
+        ds = ds * (1.0 - squashed * squashed)
+    return ds
+
+
+@triton.jit
+def sigmoid_difference(x, change):
+    """sigmoid(x + change) - sigmoid(x) without cancellation, x up to infinity (reference.py has the forms)."""
+    y = x + change
+    size = tl.abs(change)
+    fall = tl.where(size < 0.5, -small_expm1(-tl.minimum(size, 0.5)), 1.0 - tl.exp(-size))
+    return tl.where(change > 0, sigmoid(y) * sigmoid(-x) * fall, -sigmoid(x) * sigmoid(-y) * fall)
+
+
+@triton.jit
+def key_weights(p, s, s_patched, lse):
+    """(a' - a)/(1 - a) for keys that are not their row's largest, a = p = exp(s - lse) <= 1/2.
+
+    With E = exp(s' - lse) it is (E - a)/(1 - a + E); E - a = a expm1(s' - s) where the two are close. Above
+    exp(80) the ratio is 1 in float32, so E is held there.
+    """
+    change = s_patched - s
+    e = tl.exp(tl.minimum(s_patched - lse, 80.0))
+    rise = tl.where(tl.abs(change) < 0.5, p * small_expm1(change), e - p)
+    return rise / (1.0 - p + e)
