@@ -93,7 +93,7 @@ class LayerRun:
             q.detach(), k.detach(), v.detach(), backend=self.backend, **options._asdict()
         )
         if self.cut:
-            z.requires_grad_()
+            z = z.detach().requires_grad_()  # a new tensor: stats.z, which may be z, stays plain
         self.q, self.k, self.v, self.z, self.stats, self.options = q, k, v, z, stats, options
         return self.seen("z", z)
 
