@@ -34,17 +34,18 @@ class EncodedPair:
 
 
 class Encoder:
-    """A tokenizer that puts BOS first (where it has one, never twice) and appends nothing.
+    """A tokenizer that puts BOS first, never twice, and appends nothing.
 
-    A tokenizer that adds a prefix of its own (`[gMASK]<sop>`, `<s>`) keeps it; one that has a BOS but does not
-    add it (GPT-2, Pythia) gets it added. prepend_bos=False gives the bare text.
+    prepend_bos=None: what the tokenizer itself puts first (`<s>`, `[gMASK]<sop>`), or else its BOS token (GPT-2 and
+    Pythia have one and do not add it), unless the chat template uses that token to open turns, as `<|im_start|>`:
+    plain text never starts with it. True: with such a token too. False: the bare text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prepend_bos: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, prepend_bos: bool | None = None) -> None:
         self.tokenizer = tokenizer
-        self.prefix = self._prefix() if prepend_bos else []
         self._text: dict[int, str] = {}
         self._alone: dict[str, list[int]] = {}
+        self.prefix = [] if prepend_bos is False else self._prefix(prepend_bos is True)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         # Many tokenizers reuse BOS or EOS as padding or as "unknown"; only a token of its own marks unknown words.
         self.unknown = {
@@ -53,14 +54,17 @@ class Encoder:
             if i is not None and i not in ends
         }
 
-    def _prefix(self) -> list[int]:
+    def _prefix(self, turn_marker_too: bool) -> list[int]:
         bare = list(self.tokenizer(["a"], add_special_tokens=False)["input_ids"][0])
         full = list(self.tokenizer(["a"], add_special_tokens=True)["input_ids"][0])
-        for start in range(len(full) - len(bare) + 1):
-            if start and full[start : start + len(bare)] == bare:
+        for start in range(1, len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
                 return full[:start]
         bos = self.tokenizer.bos_token_id
-        return [] if bos is None else [int(bos)]
+        if bos is None:
+            return []
+        opens_turns = self.text(bos) in str(getattr(self.tokenizer, "chat_template", None) or "")
+        return [] if opens_turns and not turn_marker_too else [int(bos)]
 
     def bare(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any special token."""
@@ -181,6 +185,16 @@ def encode_pairs(
         except ValueError as error:
             encoded.append(error)
     return encoded
+
+
+def all_encoded(rows: Sequence[EncodedPair | ValueError]) -> list[EncodedPair]:
+    """The pairs of encode_pairs; raises the first error among them."""
+    pairs = []
+    for row in rows:
+        if isinstance(row, ValueError):
+            raise row
+        pairs.append(row)
+    return pairs
 
 
 def _mismatch(name: str, clean: list[str], corrupted: list[str]) -> str:

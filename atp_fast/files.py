@@ -1,11 +1,19 @@
-"""Writing a file whole or not at all."""
+"""Files that are whole or absent: any file, and tensors with a header of JSON texts (safetensors, no pickle)."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FORMAT = "atp_fast.{kind}/1"
 
 
 @contextmanager
@@ -28,3 +36,55 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+) -> None:
+    """Write tensors, and a header of anything JSON holds, as a file of this kind. Raises OSError naming the path."""
+    # safetensors refuses tensors that share memory, and views of a larger tensor often do.
+    whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    texts = {name: json.dumps(value) for name, value in header.items()}
+    with written_whole(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata={"format": _FORMAT.format(kind=kind)} | texts)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+class loading:
+    """The tensors and header of a saved result; whatever goes wrong becomes one ValueError naming the path."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self.path, self.kind = Path(path), kind
+
+    def __enter__(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self.path.exists():
+            raise FileNotFoundError(f"no result file at {self.path}")
+        wanted = _FORMAT.format(kind=self.kind)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self.path} must be a file written by save, whole and readable, got: {error}"
+            ) from error
+        found = header.pop("format", "no format at all")
+        if found != wanted:
+            raise ValueError(f"{self.path} must hold {wanted}, got {found}")
+        try:
+            return tensors, {name: json.loads(text) for name, text in header.items()}
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.path} must have a header of JSON texts, got {error}"
+            ) from error
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (KeyError, TypeError, ValueError, IndexError)):
+            raise ValueError(
+                f"{self.path} must hold {self.kind} in full, got: {error!r}"
+            ) from error

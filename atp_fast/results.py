@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from atp_fast.files import written_whole
+from atp_fast.files import loading, save_tensors, written_whole
 from atp_fast.nodes import KINDS, Node, NodeSpace, check_kinds, label
 
 if TYPE_CHECKING:
@@ -215,12 +211,12 @@ class Attribution:
             "space": [self.space.layers, self.space.positions, list(self.space.widths.items())],
             "per_pair": self.per_pair is not None,
         } | {name: getattr(self, name) for name in (*_TEXT_FIELDS, "method", "tokens", "metadata")}
-        _save(path, "attribution", tensors, header)
+        save_tensors(path, "attribution", tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
-        with _loading(path, "attribution") as (tensors, header):
+        with loading(path, "attribution") as (tensors, header):
             layers, positions, widths = header["space"]
             space = NodeSpace(layers, positions, dict(widths))
 
@@ -367,12 +363,12 @@ class PatchEffects:
             tensors["valid"] = self.valid
         header = {name: getattr(self, name) for name in (*_TEXT_FIELDS, "tokens", "metadata")}
         header |= {"kinds": KINDS, "single": self.nodes is not None}
-        _save(path, "patch_effects", tensors, header)
+        save_tensors(path, "patch_effects", tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PatchEffects:
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
-        with _loading(path, "patch_effects") as (tensors, header):
+        with loading(path, "patch_effects") as (tensors, header):
             kinds, sizes = header["kinds"], tensors["sizes"].tolist()
             members = [Node(kinds[kind], *rest) for kind, *rest in tensors["nodes"].tolist()]
             ends = np.cumsum(sizes).tolist()
@@ -405,7 +401,6 @@ class PatchEffects:
 
 
 _TEXT_FIELDS = ("metric", "direction", "backend", "model")
-_FORMAT = "atp_fast.{kind}/1"
 
 
 def require(package: str, what: str) -> Any:
@@ -458,54 +453,3 @@ def _write_csv(path: str | os.PathLike[str], table: Mapping[str, Any]) -> None:
             column.tolist() if hasattr(column, "tolist") else column for column in table.values()
         ]
         writer.writerows(zip(*columns, strict=True))
-
-
-def _save(
-    path: str | os.PathLike[str],
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-) -> None:
-    # safetensors refuses tensors that share memory, and views of a larger tensor often do.
-    whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
-    texts = {name: json.dumps(value) for name, value in header.items()}
-    with written_whole(path) as temporary:
-        try:
-            save_file(whole, temporary, metadata={"format": _FORMAT.format(kind=kind)} | texts)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-
-class _loading:
-    """The tensors and header of a saved result; whatever goes wrong becomes one ValueError naming the path."""
-
-    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
-        self.path, self.kind = Path(path), kind
-
-    def __enter__(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not self.path.exists():
-            raise FileNotFoundError(f"no result file at {self.path}")
-        wanted = _FORMAT.format(kind=self.kind)
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self.path} must be a file written by save, whole and readable, got: {error}"
-            ) from error
-        found = header.pop("format", "no format at all")
-        if found != wanted:
-            raise ValueError(f"{self.path} must hold {wanted}, got {found}")
-        try:
-            return tensors, {name: json.loads(text) for name, text in header.items()}
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.path} must have a header of JSON texts, got {error}"
-            ) from error
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (KeyError, TypeError, ValueError, IndexError)):
-            raise ValueError(
-                f"{self.path} must hold {self.kind} in full, got: {error!r}"
-            ) from error

@@ -14,7 +14,8 @@ from itertools import islice, permutations, product
 from random import Random
 
 from atp_fast.encoding import EncodedPair, Encoder, Tokenizer, encode_pairs
-from atp_fast.pairs import PromptPairs, year_answers
+from atp_fast.pair_files import year_answers
+from atp_fast.pairs import PromptPairs
 
 TextPair = tuple[str, str, str, str]
 """Clean prompt, corrupted prompt, answer, wrong answer."""
