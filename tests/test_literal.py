@@ -143,9 +143,12 @@ def all_logits(model: PreTrainedModel, pairs: PromptPairs) -> Tensor:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_logits_are_the_models_own(family: str, side: str) -> None:
-    """transformers' eager softmax is float32 inside, hence 1e-6 of the largest."""
-    model = zoo.build(family)
+def test_logits_are_the_models_own(family: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' eager attention, with its float32 softmax (and norms) widened; mixtral routes in float32."""
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+    tolerance = 1e-6 if family == "mixtral" else 1e-12
+    model = zoo.build(family, wide_norms=True)
     pairs = zoo.random_pairs(model, 3, 9, ragged=True, padding_side=side)
     ours = all_logits(model, pairs)
     model.set_attn_implementation("eager")
@@ -153,7 +156,7 @@ def test_logits_are_the_models_own(family: str, side: str) -> None:
         real = pairs.attention_mask[row]
         with torch.no_grad():
             own = model(pairs.clean_ids[row, real][None]).logits[0]
-        assert (ours[row, real] - own).abs().max() <= 1e-6 * own.abs().max()
+        assert (ours[row, real] - own).abs().max() <= tolerance * own.abs().max()
         assert not ours[row, ~real].any()
 
 

@@ -98,7 +98,9 @@ def _model(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
     head = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForMaskedLM}.get(
         model_type, AutoModelForCausalLM
     )
-    model: PreTrainedModel = head.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = head.from_config(AutoConfig.for_model(model_type, **settings))
     return model.eval()
 
 
