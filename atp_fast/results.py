@@ -173,15 +173,15 @@ class Attribution:
         over: "head" or "position"; None takes "head" for q, k, v, z and "position" for the other kinds.
         Effects are red below and blue above zero, white at zero. Needs plotly; ImportError says so.
         """
-        from atp_fast import report
+        from atp_fast.report import heatmap
 
-        return report.heatmap(self, kind, by=by, over=over)
+        return heatmap(self, kind, by=by, over=over)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML page that needs no network: summary, top nodes, heat maps, how to read them."""
-        from atp_fast import report
+        from atp_fast.report import report
 
-        report.report(self, path)
+        report(self, path)
 
     def totals(self, kind: str, *, by: By = "effect", over: Over) -> Tensor:
         """Scores of one kind summed over positions, (layers, nodes per position), or over a position's nodes,

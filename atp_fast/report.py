@@ -1,0 +1,184 @@
+"""Figures of a result, and a report of it in one HTML file."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from atp_fast.files import written_whole
+from atp_fast.nodes import ATTENTION_KINDS
+from atp_fast.results import By, Over, require, sign_text
+
+if TYPE_CHECKING:
+    from atp_fast.results import Attribution
+
+_TOP = 50
+_WIDEST = 64
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: pre-wrap; }
+td.number { text-align: right; } .scroll { overflow-x: auto; } code { white-space: pre-wrap; }
+"""
+
+_HOW_TO_READ = (
+    "A node is one component at one token position: q, k, v, z are a head's query, key, value and output (q and k "
+    "after the rotation; k and v are shared by the query heads of a group), neuron is one MLP activation, attn_out and "
+    "mlp_out are what a layer's attention and MLP write, resid_pre is a layer's input. Layers, positions and heads "
+    "count from 0.",
+    "The effect of a node estimates how the metric changes when this node alone takes the value it has on the other "
+    "prompt; it is signed, and averaged over pairs. The contribution is the mean of its absolute value, taken before "
+    "averaging, so opposite effects on different pairs do not cancel. With GradDrop it also averages over gradients "
+    "that skip one layer each, so a contribution can be large where the effect is small.",
+    "The scores are estimates by gradients, made to choose what to check: patch the nodes at the top exactly before "
+    "relying on them.",
+)
+
+
+def heatmap(found: Attribution, kind: str, *, by: By = "effect", over: Over | None = None) -> Any:
+    """A plotly figure, layer x head or layer x position; see Attribution.heatmap. Raises ImportError, ValueError."""
+    objects = require("plotly.graph_objects", "heatmap")
+    over = over or ("head" if kind in ATTENTION_KINDS else "position")
+    values = found.totals(kind, by=by, over=over).double().cpu()
+    layers, columns = values.shape
+    limit = float(values.nan_to_num(0, 0, 0).abs().max()) if values.numel() else 0.0
+    limit = limit or 1.0
+    signed = by == "effect"
+    many = "neurons" if kind == "neuron" else "heads"
+    if over == "position":
+        tokens = found.tokens or [""] * columns
+        names = [f"{i} {_shown(token)}".rstrip() for i, token in enumerate(tokens)]
+        summed, axis = (
+            ("", "position")
+            if found.space.widths[kind] == 1
+            else (f", sum over {many}", "position")
+        )
+    else:
+        names, axis = [str(i) for i in range(columns)], "neuron" if kind == "neuron" else "head"
+        summed = ", sum over positions"
+    figure = objects.Figure(
+        objects.Heatmap(
+            z=values.tolist(),
+            colorscale="RdBu" if signed else "Blues",
+            zmin=-limit if signed else 0.0,
+            zmax=limit,
+            zmid=0.0 if signed else None,
+            customdata=[names] * layers,
+            hovertemplate="layer %{y}, " + axis + " %{customdata}: %{z:.4g}<extra></extra>",
+            colorbar={"title": {"text": by}},
+        )
+    )
+    note = (
+        f"{sign_text(found.direction)}; red < 0 < blue"
+        if signed
+        else f"{found.direction}; mean of |I|"
+    )
+    title = f"{kind} {by}{summed}: {found.method} of {found.metric}"
+    figure.update_layout(
+        title={"text": f"{html.escape(title)}<br><sub>{html.escape(note)}</sub>"},
+        xaxis={"title": {"text": axis}},
+        yaxis={"title": {"text": "layer"}, "dtick": 1 if layers <= 16 else None},
+        template="plotly_white",
+        height=max(360, 160 + 16 * layers),
+    )
+    if columns <= _WIDEST:
+        figure.update_xaxes(tickvals=list(range(columns)), ticktext=names)
+    return figure
+
+
+def report(found: Attribution, path: str | os.PathLike[str]) -> None:
+    """Write one HTML page that needs no network: summary, top nodes, heat maps of every kind, how to read them.
+
+    Needs plotly; ImportError says so. Raises OSError naming the path if it cannot be written.
+    """
+    offline = require("plotly.offline", "report")
+    figures = "\n".join(_figures(found))
+    title = f"{found.method} of {found.metric} on {found.model}"
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style>
+<script>{offline.get_plotlyjs()}</script></head><body>
+<h1>{html.escape(title)}</h1>
+<h2>Summary</h2>{_summary(found)}
+<h2>Top nodes</h2><div class="scroll">{_top_table(found)}</div>
+<h2>Heat maps</h2>{figures}
+<h2>How to read this</h2>{"".join(f"<p>{text}</p>" for text in _HOW_TO_READ)}
+</body></html>
+"""
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _figures(found: Attribution) -> Iterator[str]:
+    for kind, width in found.space.widths.items():
+        views: list[tuple[By, Over]] = [("effect", "position"), ("contribution", "position")]
+        if 1 < width <= _WIDEST:
+            views = [("effect", "head"), ("contribution", "head"), ("effect", "position")]
+        yield f"<h3>{kind}</h3>"
+        for by, over in views:
+            figure = heatmap(found, kind, by=by, over=over)
+            yield str(
+                figure.to_html(
+                    full_html=False,
+                    include_plotlyjs=False,
+                    config={"displaylogo": False, "responsive": True},
+                )
+            )
+
+
+def _summary(found: Attribution) -> str:
+    pairs = len(found.clean_value)
+    rows = {
+        "model": found.model,
+        "method": found.method,
+        "metric": found.metric,
+        "direction": f"{found.direction}; {sign_text(found.direction)}",
+        "pairs": str(pairs),
+        "nodes": f"{len(found):,} ({', '.join(found.space.kinds)})",
+        "metric on clean prompts": f"{found.clean_value.double().mean():.5g} (mean)",
+        "metric on corrupted prompts": f"{found.corrupted_value.double().mean():.5g} (mean)",
+        "backend": found.backend,
+        **found.metadata,
+    }
+    if found.tokens is not None:
+        rows["tokens"] = " | ".join(_visible(token) for token in found.tokens)
+    return _table([[html.escape(name), html.escape(value)] for name, value in rows.items()])
+
+
+def _top_table(found: Attribution) -> str:
+    head = ["", "kind", "layer", "head or neuron", "position", "token", "contribution", "effect"]
+    rows = [
+        [
+            str(rank),
+            node.kind,
+            str(node.layer),
+            str(node[3]),
+            str(node.position),
+            "" if node.token is None else html.escape(_visible(node.token)),
+            f"{node.contribution:.5g}",
+            f"{node.effect:+.5g}",
+        ]
+        for rank, node in enumerate(found.top(min(_TOP, len(found))), start=1)
+    ]
+    return _table(rows, head)
+
+
+def _table(rows: list[list[str]], head: list[str] | None = None) -> str:
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    if head is not None:
+        lines.insert(0, "".join(f"<th>{cell}</th>" for cell in head))
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _visible(token: str) -> str:
+    """A token with its line breaks and tabs written out."""
+    return token.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+def _shown(token: str) -> str:
+    """A token as a label in a figure, where plotly would read <bos> as a tag."""
+    return html.escape(_visible(token), quote=False)
