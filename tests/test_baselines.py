@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 
 from atp_fast.baselines import (
     Blocks,
@@ -273,34 +275,38 @@ class FakeEngine:
 
     def __init__(self):
         self.asked = []
+        self.plugs = 0
+        self.plug = self
 
-    def patch_subsets(self, pairs, subsets, *, metric, direction, pair_index):
-        import types
+    @contextmanager
+    def plugged(self):
+        self.plugs += 1
+        yield
+        self.plugs -= 1
 
-        import torch
+    def patching(self, pairs, kinds, metric, direction):
+        self.asked.append((kinds, metric, direction))
+        self.pairs = len(pairs)
+        return self
 
-        self.asked.append((subsets, metric, direction, pair_index))
-        sums = torch.tensor([float(sum(n.index for n in subset)) for subset in subsets])
-        if pair_index is None:
-            effect = 10.0 * torch.arange(len(pairs))[:, None] + sums
-        else:
-            effect = 10.0 * pair_index + sums
-        return types.SimpleNamespace(effect=effect)
+    def effects(self, nodes, subsets, pair_index):
+        assert self.plugs == 1
+        self.asked.append(nodes)
+        sums = torch.tensor([float(sum(nodes[i].index for i in subset)) for subset in subsets])
+        effect = 10.0 * torch.arange(self.pairs)[:, None] * (sums != 0) + sums
+        return effect, None
 
 
 def test_engine_patcher_maps_ids_and_keeps_shapes():
-    nodes = [Node("q", 0, 0, i) for i in (3, 1, 4)]
+    nodes = [Node("q", 0, 0, 3), Node("q", 0, 0, 1), Node("k", 0, 0, 4)]
     engine = FakeEngine()
-    patcher = EnginePatcher(engine, [0, 0], nodes, "logit_diff", "denoising")
-    assert patcher.effects([[0, 2], [], [1]]).tolist() == [[7, 17], [0, 0], [1, 11]]
+    patcher = EnginePatcher(engine, [0, 0], nodes, "nll", "denoising")
+    assert patcher.effects([[2, 0], [], np.array([2])]).tolist() == [[7, 17], [0, 0], [4, 14]]
     assert patcher.cost == 6
     assert patcher.effects([[1], [], [0]], [1, 0, 0]).tolist() == [11, 0, 3]
     assert patcher.cost == 9
-    assert patcher.effects([[]]).tolist() == [[0, 0]]
-    subsets, metric, direction, index = engine.asked[1]
-    assert subsets == [[nodes[1]], [nodes[0]]]
-    assert (metric, direction, index.tolist()) == ("logit_diff", "denoising", [1, 0])
-    assert len(engine.asked) == 2
+    # The runs are made once; later calls name only the nodes that they patch.
+    assert engine.asked == [(("q", "k"), "nll", "denoising"), [nodes[0], nodes[2]], nodes[:2]]
 
 
 class Broken:

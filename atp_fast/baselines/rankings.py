@@ -285,17 +285,24 @@ class Hierarchical:
                 heapq.heappush(queue, child)
 
 
-def paper_settings(nodes: int, lookahead: int = 1) -> dict[str, list[Ranking]]:
+def paper_settings(
+    nodes: int, *, pairs: int = 1, limit: float | None = None, lookahead: int = 1
+) -> dict[str, list[Ranking]]:
     """The paper's baselines with the settings it chooses from, for a number of candidate nodes.
 
     The number of Subsampling's subsets, which ALGORITHMS leaves open, is tried at 1/50, 1/20, 1/10 and 1/4 of the
-    nodes. Levels above log_3(nodes) all mean one top block, so only the first of them is kept.
+    nodes. Levels above log_3(nodes) all mean one top block, so only the first of them is kept. limit: leave out
+    what would spend more forward-pass equivalents than this before it names its first node.
     """
+    most = float("inf") if limit is None else limit
     counts = sorted({max(1, nodes // share) for share in (50, 20, 10, 4)})
+    sizes = [size for size in (2, 6, 20, 60, 250) if size <= nodes]
     levels = [n for n in range(2, 13) if n == 2 or 3 ** (n - 1) < nodes]
     return {
         "iterative": [Iterative()],
-        "subsampling": [Subsampling(p, m) for p in (0.01, 0.03) for m in counts],
-        "blocks": [Blocks(size) for size in (2, 6, 20, 60, 250) if size <= nodes],
-        "hierarchical": [Hierarchical(3, n, lookahead) for n in levels],
+        "subsampling": [Subsampling(p, m) for p in (0.01, 0.03) for m in counts if m <= most],
+        "blocks": [Blocks(size) for size in sizes if -(-nodes // size) * pairs <= most],
+        "hierarchical": [
+            Hierarchical(3, n, lookahead) for n in levels if -(-nodes // 3**n) * pairs <= most
+        ],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,36 +43,43 @@ class Patcher(Protocol):
 
 
 class EnginePatcher:
-    """The patcher of a real model: `engine.patch_subsets` on fixed pairs, metric and direction."""
+    """The patcher of a real model, on fixed pairs, metric and direction; the pairs' two runs are made once.
+
+    A pair without a token at a node's position has effect 0 there.
+    """
 
     def __init__(
         self,
         engine: Engine,
         pairs: PromptPairs,
         nodes: Sequence[Node],
-        metric: MetricLike = "nll",
+        metric: MetricLike = "logit_diff",
         direction: Direction = "noising",
     ) -> None:
         self.nodes = list(nodes)
         self.pairs = len(pairs)
         self.cost = 0.0
-        self._patch: Any = engine.patch_subsets
-        self._arguments = pairs
-        self._options = {"metric": metric, "direction": direction}
+        self._plugged = engine.plug.plugged
+        kinds = tuple(dict.fromkeys(node.kind for node in self.nodes))
+        self._patching = engine.patching(pairs, kinds, metric, direction)
 
     def effects(self, subsets: Sequence[Subset], pair: Sequence[int] | None = None) -> Floats:
         """As Patcher.effects; an empty subset changes nothing and has effect 0, though it is charged like any other."""
-        shape = (len(subsets),) if pair is not None else (len(subsets), self.pairs)
-        found = np.zeros(shape)
-        self.cost += float(np.prod(shape))
-        filled = [row for row, subset in enumerate(subsets) if len(subset)]
-        if filled:
-            chosen = [[self.nodes[i] for i in subsets[row]] for row in filled]
-            index = None if pair is None else torch.tensor([int(pair[row]) for row in filled])
-            patched = self._patch(self._arguments, chosen, pair_index=index, **self._options)
-            effect = patched.effect.detach().cpu().double().numpy()
-            found[filled] = effect.T if index is None else effect[index.numpy(), np.arange(len(filled))]
-        return found
+        lists = [[int(i) for i in subset] for subset in subsets]
+        used = sorted({i for subset in lists for i in subset})
+        number = {i: row for row, i in enumerate(used)}
+        index = None if pair is None else torch.tensor([int(p) for p in pair], dtype=torch.int64)
+        with self._plugged():
+            effect, _ = self._patching.effects(
+                [self.nodes[i] for i in used],
+                [[number[i] for i in subset] for subset in lists],
+                index,
+            )
+        if index is not None:
+            effect = effect[index, torch.arange(len(lists))]
+        self.cost += float(effect.numel())
+        found: Floats = effect.cpu().double().numpy()
+        return found if index is not None else found.T
 
 
 def measure(
