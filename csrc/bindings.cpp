@@ -5,10 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
-#include <cstring>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
@@ -76,6 +79,39 @@ void node_effects(const std::vector<Index>& size, const Passed& delta, const Pas
     kernels().node_effects[slot(call.delta_dtype)](call, threads);
 }
 
+View view(const Passed& passed) {
+    const auto& [address, dtype, stride] = passed;
+    View out;
+    out.data = reinterpret_cast<void*>(address);
+    out.dtype = Dtype(dtype);
+    if (stride.size() > 5) throw std::invalid_argument("a tensor has more than 5 axes");
+    std::copy(stride.begin(), stride.end(), out.stride);
+    return out;
+}
+
+template <typename T> T* at(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// (scale, causal, window or 0, softcap or 0, address of sinks or 0, address of key_mask or 0)
+using PassedScoring = std::tuple<double, bool, Index, double, std::uintptr_t, std::uintptr_t>;
+
+AttentionShape shape(const std::array<Index, 7>& sizes, const PassedScoring& scoring) {
+    const auto& [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = sizes;
+    const auto& [scale, causal, window, softcap, sinks, key_mask] = scoring;
+    return {batch,  heads,  kv_heads, queries, keys, head_dim, value_dim, scale,
+            causal, window, softcap,  at<void>(sinks), at<std::uint8_t>(key_mask)};
+}
+
+// (wide_z, logsumexp, top_key, loo_logsumexp, loo_z)
+using PassedStats = std::array<std::uintptr_t, 5>;
+
+void attention(const std::array<Index, 7>& sizes, const PassedScoring& scoring, const Passed& q,
+               const Passed& k, const Passed& v, const Passed& z, const PassedStats& stats, int threads) {
+    const AttentionCall call{shape(sizes, scoring), view(q), view(k), view(v), view(z), at<void>(stats[0]),
+                             at<void>(stats[1]), at<std::int64_t>(stats[2]), at<void>(stats[3]),
+                             at<void>(stats[4])};
+    kernels().attention[slot(call.q.dtype)](call, threads);
+}
+
 void exponential(std::uintptr_t in, std::uintptr_t out, Index count, bool wide) {
     kernels().exponential[wide](reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), count);
 }
@@ -87,6 +123,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of atp_fast";
     m.attr("__version__") = ATP_FAST_VERSION;
     m.def("node_effects", node_effects, release());
+    m.def("attention", attention, release());
     m.def("exponential", exponential, release());
     m.def("instruction_sets", [] {
         std::vector<std::string> names;

@@ -3,6 +3,8 @@
 #include "simd.h"
 #include "convert.h"
 #include "node_effects.h"
+#include "product.h"
+#include "attention.h"
 
 template <typename R> void exponential(const void* in, void* out, Index count) {
     const R* x = static_cast<const R*>(in);
@@ -18,7 +20,7 @@ template <typename R> void exponential(const void* in, void* out, Index count) {
 
 const Kernels kernels = {
     ATP_FAST_ISA_NAME,
-    {nullptr, nullptr},
+    {attention<float>, attention<double>},
     {nullptr, nullptr},
     {node_effects<float>, node_effects<double>},
     {exponential<float>, exponential<double>},

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
+#include <type_traits>
 
 #if defined(__x86_64__)
 
@@ -15,6 +17,7 @@
 #endif
 
 #define ATP_FAST_VECTOR_BYTES 64
+#define ATP_FAST_REGISTERS 32
 #define ATP_FAST_ISA_NAME "avx512"
 
 namespace atp_fast {

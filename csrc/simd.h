@@ -7,7 +7,8 @@ template <typename R> struct Simd;
 
 template <> struct Simd<float> {
     typedef float Vec __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
-    typedef std::int32_t Int __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
+    typedef std::int32_t Whole;
+    typedef Whole Int __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
     static constexpr int mantissa = 23;
     static constexpr float round_magic = 0x1.8p23f;
     static constexpr float log2_e = 0x1.715476p+0f;
@@ -19,7 +20,8 @@ template <> struct Simd<float> {
 
 template <> struct Simd<double> {
     typedef double Vec __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
-    typedef std::int64_t Int __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
+    typedef std::int64_t Whole;
+    typedef Whole Int __attribute__((vector_size(ATP_FAST_VECTOR_BYTES)));
     static constexpr int mantissa = 52;
     static constexpr double round_magic = 0x1.8p52;
     static constexpr double log2_e = 0x1.71547652b82fep+0;
@@ -31,6 +33,7 @@ template <> struct Simd<double> {
 
 template <typename R> using Vec = typename Simd<R>::Vec;
 template <typename R> using Int = typename Simd<R>::Int;
+template <typename R> using Whole = typename Simd<R>::Whole;
 template <typename R> constexpr int lanes = ATP_FAST_VECTOR_BYTES / int(sizeof(R));
 
 template <typename R> ATP_FAST_INLINE Vec<R> load(const R* p) {

@@ -303,7 +303,7 @@ def magnitudes(x: Inputs, top_key: Tensor) -> Outputs:
         return probs, probs * (1 + products + mean), products, mean
 
     v, g = reference.grouped(x.v, heads).abs(), x.grad_z.abs()
-    p, p_error, products, mean = weights(x.q, x.k)
+    _, p_error, products, mean = weights(x.q, x.k)
     scores = reference.logits(x.q, x.k, scoring)
     loo = _softmax(scores.masked_fill(is_top, -torch.inf), sink)
     loo_mean = (loo * products).sum(-1, keepdim=True)

@@ -9,18 +9,76 @@ import torch
 from torch import Tensor
 
 from atp_fast import _C
-from atp_fast.ops.reference import accumulation_dtype
+from atp_fast.ops.reference import AttentionStats, Scoring, accumulation_dtype
 
+_Passed = tuple[int, int, tuple[int, ...]]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def _passed(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+def _passed(x: Tensor) -> _Passed:
     """(address, dtype, strides) of a tensor, the only way by which one reaches the extension."""
     if x.device.type != "cpu" or x.layout != torch.strided:
         raise ValueError(f"backend 'cpp' needs strided CPU tensors, got {x.layout} on {x.device}")
     if x.is_neg():
         raise ValueError("backend 'cpp' needs resolved tensors, got one with the negative bit set")
     return x.data_ptr(), _DTYPES[x.dtype], x.stride()
+
+
+_NOTHING: _Passed = (0, 0, ())
+
+
+def _addresses(stats: AttentionStats) -> tuple[int, int, int, int, int]:
+    z, logsumexp, top_key, loo_logsumexp, loo_z = (x.data_ptr() for x in stats)
+    return z, logsumexp, top_key, loo_logsumexp, loo_z
+
+
+class _Options:
+    """A Scoring as the extension takes it; holds the tensors whose addresses are in `passed`."""
+
+    def __init__(self, scoring: Scoring, dtype: torch.dtype) -> None:
+        self.sinks = None if scoring.sinks is None else scoring.sinks.to(dtype).contiguous()
+        self.key_mask = None if scoring.key_mask is None else scoring.key_mask.contiguous()
+        self.passed = (
+            scoring.scale,
+            scoring.causal,
+            scoring.window or 0,
+            scoring.softcap or 0.0,
+            0 if self.sinks is None else self.sinks.data_ptr(),
+            0 if self.key_mask is None else self.key_mask.data_ptr(),
+        )
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    batch, heads, queries, head_dim = q.shape
+    return batch, heads, k.shape[1], queries, k.shape[2], head_dim, v.shape[3]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> tuple[Tensor, AttentionStats]:
+    """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
+    dtype = accumulation_dtype(q)
+    rows, options = q.shape[:3], _Options(scoring, dtype)
+    wide_z = torch.empty((*rows, v.shape[3]), dtype=dtype)
+    z = wide_z if q.dtype == dtype else torch.empty(wide_z.shape, dtype=q.dtype)
+    stats = AttentionStats(
+        wide_z,
+        torch.empty(rows, dtype=dtype),
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, dtype=dtype),
+        torch.empty(wide_z.shape, dtype=dtype),
+    )
+    _C.attention(
+        _sizes(q, k, v),
+        options.passed,
+        _passed(q),
+        _passed(k),
+        _passed(v),
+        _NOTHING if z is wide_z else _passed(z),
+        _addresses(stats),
+        torch.get_num_threads(),
+    )
+    return z, stats
 
 
 def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
