@@ -148,7 +148,7 @@ def build(
     for parent in list(model.modules()) if wide_norms else ():
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                setattr(parent, name, WideNorm(child))
+                setattr(parent, name, WideNorm(child).eval())
     if family in MOE and dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default grouped_mm has no float64
     return model
@@ -179,12 +179,13 @@ def build_linear() -> PreTrainedModel:
         model.lm_head.weight[6], model.lm_head.weight[7] = 3, 1
         weights = ((2, 1, (1, 2), (3, -1)), (1, -1, (1, 1), (2, -1)))
         for layer, (value, out, up, down) in zip(decoder.layers, weights, strict=True):
-            layer.self_attn_layer_norm = layer.final_layer_norm = nn.Identity()
+            layer.self_attn_layer_norm = nn.Identity()
+            layer.final_layer_norm = nn.Identity()
             layer.self_attn.v_proj.weight.fill_(value)
             layer.self_attn.out_proj.weight.fill_(out)
             layer.fc1.weight[:, 0] = torch.tensor(up)
             layer.fc2.weight[0] = torch.tensor(down)
-    return model
+    return model.eval()
 
 
 def random_pairs(
