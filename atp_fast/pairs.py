@@ -252,7 +252,10 @@ class PromptPairs:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index must be in [0, {len(self)}), got {index}")
             index = [index]
-        chosen = numbers[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
+        if isinstance(index, (slice, Tensor)):
+            chosen = numbers[index.cpu() if isinstance(index, Tensor) else index]
+        else:
+            chosen = numbers[torch.tensor(list(index), dtype=torch.long)]
         if chosen.numel() == 0:
             raise ValueError("index must choose at least one pair, got none")
         rows, at = chosen.tolist(), chosen.to(self.device)
