@@ -120,7 +120,7 @@ class FakeCase:
 
     def estimate(self, method):
         self.spend()
-        noise = {"atp": 3.0, "atp*": 0.3}[method]
+        noise = {"atp": 12.0, "atp*": 0.3}[method]
         contribution = np.abs(self.effects).mean(0)
         scores = contribution * np.exp(
             noise * np.random.default_rng(9).normal(size=len(contribution))
