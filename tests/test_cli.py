@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_the_circuit_is_found(tmp_path):
     attribute(tmp_path, *PAIR, "--metric", "logit_diff", "--nodes", "z,k", "--top", 5)
     found = Attribution.load(tmp_path / "run.safetensors")
     assert {node.token for node in found.top(3, kinds=("z",))} <= {"to", "John", "gave"}
-    assert float(found.clean_value) > 3 > abs(float(found.corrupted_value))
+    assert float(found.clean_value) > 3 > float(found.corrupted_value)
 
 
 def test_table_rows_are_the_best_nodes(tmp_path):
@@ -95,7 +96,7 @@ def test_table_rows_are_the_best_nodes(tmp_path):
 
 def test_more_rows_than_nodes_shows_all(tmp_path):
     stdout, _ = attribute(tmp_path, *PAIR, "--nodes", "attn_out", "--top", 999)
-    assert "Top 32 nodes" in stdout  # 2 layers, 16 tokens with BOS
+    assert "Top 30 nodes" in stdout  # 2 layers, 15 tokens with BOS
 
 
 def test_the_folder_holds_the_pairs_again(tmp_path):
@@ -111,7 +112,9 @@ def test_the_page_of_heat_maps_is_written(tmp_path):
     stdout, _ = attribute(tmp_path, *PAIR)
     page = (tmp_path / "report.html").read_text()
     assert "plotly" in page
-    assert "https://cdn" not in page
+    assert not re.search(
+        r"<(script|link)[^>]*(src|href)=.https?:", page
+    )  # readable without a network
     assert f"wrote {tmp_path / 'report.html'}" in stdout
 
 
@@ -171,7 +174,7 @@ def test_task_with_its_options(tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, message):
     _, stderr = attribute(tmp_path / "run", *args, code=2)
     assert message in error_of(stderr)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_pair_of_different_lengths_shows_both(tmp_path):

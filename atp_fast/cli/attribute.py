@@ -129,11 +129,12 @@ def attribute(
     the metric, on average over the pairs; the effect is the same with its
     sign. Both are estimates from gradients: verify the best before use.
     """
+    _check_source(task, pairs, clean)
+    writable_folder(out)
+
     from atp_fast.engine import Direction, Engine
     from atp_fast.models import load_model
 
-    writable_folder(out)
-    _check_source(task, pairs, clean)
     note(f"loading {model}")
     network, tokenizer = load_model(model, dtype=dtype)
     found_pairs = _read_pairs(
