@@ -115,9 +115,8 @@ def year_answers(encoder: Encoder, prompt: str, year: int, name: str) -> tuple[i
         for text, ids in zip(texts, joint, strict=True)
     ]
     first = [encoder.text(token).strip() for token in split]
-    if not all(text.isdigit() for text in first) or not int(first[2]) < int(first[0]) < int(
-        first[1]
-    ):
+    comparable = all(text.isdigit() for text in first) and len({len(text) for text in first}) == 1
+    if not comparable or not int(first[2]) < int(first[0]) < int(first[1]):
         raise ValueError(
             f"{name} must have a year that the tokenizer tells from later and earlier ones, got {year:02d}: first "
             f"tokens of {texts} are {first}"

@@ -252,7 +252,7 @@ def _drawn(
     reason = ""
     for drawn in phrasings:
         rows: dict[tuple[int, ...], EncodedPair] = {}
-        for tries, row in enumerate(islice(drawn, 100 + 50 * n_pairs)):
+        for tries, row in enumerate(islice(drawn, 100 + 20 * n_pairs)):
             if isinstance(row, EncodedPair):
                 rows.setdefault((*row.clean, *row.corrupted), row)
                 if len(rows) == n_pairs:

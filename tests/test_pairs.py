@@ -475,7 +475,7 @@ def test_csv_with_token_ids(tokenizer, tmp_path):
 
 def test_csv_with_labels(tmp_path):
     prompt = "The war lasted from the year 17{} to the year 17"
-    tokenizer = bpe(prompt.format(" to the year"), each_digit=True)
+    tokenizer = bpe(prompt.format(" to the year"), digits=1)
     path = write(
         tmp_path / "years.csv",
         "clean,corrupted,label",

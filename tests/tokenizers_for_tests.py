@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TINY = Path(__file__).parent / "data" / "tiny_gpt2_3L"
@@ -15,16 +15,16 @@ SENTENCES = (
 )
 
 
-def bpe(text=SENTENCES, *, adds_bos=False, each_digit=False, chat_template=None, **special):
+def bpe(text=SENTENCES, *, adds_bos=False, digits=None, chat_template=None, **special):
     """A tokenizer that knows every word of text as one token, alone or after a space; others fall into letters.
 
-    It has a BOS, "<|endoftext|>" as GPT-2's, which it adds only if adds_bos.
+    It has a BOS, "<|endoftext|>" as GPT-2's, which it adds only if adds_bos. digits: how many stand in a token.
     """
     words = [f" {word}" for word in text.split()] * 3
     tokenizer = Tokenizer(models.BPE())
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if each_digit else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_])
+    apart = [pre_tokenizers.Split(Regex(rf"\d{{{digits}}}"), "isolated")] if digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*apart, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=5000,
