@@ -2,11 +2,43 @@ from collections.abc import Sequence
 
 # (address, dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16; strides in elements)
 _Passed = tuple[int, int, tuple[int, ...]]
+# batch, heads, kv_heads, queries, keys, head_dim, value_dim
+_Sizes = tuple[int, int, int, int, int, int, int]
+# scale, causal, window or 0, softcap or 0, address of sinks or 0, address of key_mask or 0
+_Scoring = tuple[float, bool, int, float, int, int]
+# addresses of z, logsumexp, top_key, loo_logsumexp, loo_z
+_Stats = tuple[int, int, int, int, int]
 
 __version__: str
 
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> str: ...
+def attention(
+    sizes: _Sizes,
+    scoring: _Scoring,
+    q: _Passed,
+    k: _Passed,
+    v: _Passed,
+    z: _Passed,
+    stats: _Stats,
+    threads: int,
+) -> None: ...
+def attention_backward(
+    sizes: _Sizes,
+    cotangents: int,
+    scoring: _Scoring,
+    q: _Passed,
+    k: _Passed,
+    v: _Passed,
+    k_corrupted: _Passed,
+    grad_z: _Passed,
+    stats: _Stats,
+    grad_q: _Passed,
+    grad_k: _Passed,
+    grad_v: _Passed,
+    effect_k: int,
+    threads: int,
+) -> None: ...
 def exponential(address: int, out: int, count: int, wide: bool) -> None: ...
 def node_effects(
     size: Sequence[int], delta: _Passed, grad: _Passed, weights: int, out: int, threads: int

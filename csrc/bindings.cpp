@@ -112,6 +112,17 @@ void attention(const std::array<Index, 7>& sizes, const PassedScoring& scoring, 
     kernels().attention[slot(call.q.dtype)](call, threads);
 }
 
+void attention_backward(const std::array<Index, 7>& sizes, Index cotangents, const PassedScoring& scoring,
+                        const Passed& q, const Passed& k, const Passed& v, const Passed& k_corrupted,
+                        const Passed& grad_z, const PassedStats& stats, const Passed& grad_q,
+                        const Passed& grad_k, const Passed& grad_v, std::uintptr_t effect_k, int threads) {
+    const BackwardCall call{shape(sizes, scoring), cotangents, view(q), view(k), view(v), view(k_corrupted),
+                            view(grad_z), at<void>(stats[0]), at<void>(stats[1]),
+                            at<std::int64_t>(stats[2]), at<void>(stats[3]), at<void>(stats[4]),
+                            view(grad_q), view(grad_k), view(grad_v), at<void>(effect_k)};
+    kernels().attention_backward[slot(call.q.dtype)](call, threads);
+}
+
 void exponential(std::uintptr_t in, std::uintptr_t out, Index count, bool wide) {
     kernels().exponential[wide](reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), count);
 }
@@ -124,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("__version__") = ATP_FAST_VERSION;
     m.def("node_effects", node_effects, release());
     m.def("attention", attention, release());
+    m.def("attention_backward", attention_backward, release());
     m.def("exponential", exponential, release());
     m.def("instruction_sets", [] {
         std::vector<std::string> names;

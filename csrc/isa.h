@@ -5,6 +5,7 @@
 #include "node_effects.h"
 #include "product.h"
 #include "attention.h"
+#include "attention_backward.h"
 
 template <typename R> void exponential(const void* in, void* out, Index count) {
     const R* x = static_cast<const R*>(in);
@@ -21,7 +22,7 @@ template <typename R> void exponential(const void* in, void* out, Index count) {
 const Kernels kernels = {
     ATP_FAST_ISA_NAME,
     {attention<float>, attention<double>},
-    {nullptr, nullptr},
+    {attention_backward<float>, attention_backward<double>},
     {node_effects<float>, node_effects<double>},
     {exponential<float>, exponential<double>},
 };

@@ -2,8 +2,8 @@
 
 Truth is the reference in float64 on inputs already rounded to the dtype. A kernel's error may be twice that of
 the same-dtype reference plus FEW eps x scale per element, where the scale is a first-order error bound: a logit
-is uncertain by eps times the sum of its absolute products, a weight p by p times that, and so on to the output
-(`magnitudes`).
+is uncertain by eps times the sum of its absolute products, a weight p by p times that (and by the smallest
+normal number: underflow to 0 is no error), and so on to the output (`magnitudes`).
 """
 
 from __future__ import annotations
@@ -287,6 +287,8 @@ def statistics(x: Inputs, top_key: Tensor) -> AttentionStats:
 
 def magnitudes(x: Inputs, top_key: Tensor) -> Outputs:
     """By output name the first-order error bound of each element in units of eps, float64."""
+    precision = torch.finfo(reference.accumulation_dtype(x.q))
+    underflow = precision.tiny / precision.eps
     x = x.to(torch.float64)
     scoring, heads, kv_heads = x.scoring, x.q.shape[1], x.k.shape[1]
     sink = reference.sink_logits(x.q, scoring)
@@ -300,7 +302,7 @@ def magnitudes(x: Inputs, top_key: Tensor) -> Outputs:
         products = scoring.scale * (q.abs() @ reference.grouped(k, heads).abs().transpose(-1, -2))
         probs = _softmax(scores, sink)
         mean = (probs * products).sum(-1, keepdim=True)
-        return probs, probs * (1 + products + mean), products, mean
+        return probs, probs * (1 + products + mean) + underflow, products, mean
 
     v, g = reference.grouped(x.v, heads).abs(), x.grad_z.abs()
     _, p_error, products, mean = weights(x.q, x.k)
@@ -308,7 +310,7 @@ def magnitudes(x: Inputs, top_key: Tensor) -> Outputs:
     loo = _softmax(scores.masked_fill(is_top, -torch.inf), sink)
     loo_mean = (loo * products).sum(-1, keepdim=True)
     z_error = p_error @ v
-    loo_z_error = (loo * (1 + products + loo_mean)) @ v
+    loo_z_error = (loo * (1 + products + loo_mean) + underflow) @ v
     finite = [torch.nan_to_num(y, neginf=0.0) for y in statistics(x, top_key)[1:4:2]]
 
     # gradients
@@ -345,7 +347,7 @@ def magnitudes(x: Inputs, top_key: Tensor) -> Outputs:
         + a * (1 - a) * (uncertain + products)
         + (changed - a).abs()
     ) / left
-    w_error = w_error.masked_fill(~allowed, 0)
+    w_error = (w_error + underflow).masked_fill(~allowed, 0)
     top_r_error = g @ v.transpose(-1, -2) + (g * loo_z_error).sum(-1, keepdim=True)
     key = (w_error * torch.where(is_top, top_r_error, r_error)).sum(-2)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atp_fast import _C
-from atp_fast.ops.reference import AttentionStats, Scoring, accumulation_dtype
+from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring, accumulation_dtype
 
 _Passed = tuple[int, int, tuple[int, ...]]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -53,9 +53,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, in
     return batch, heads, k.shape[1], queries, k.shape[2], head_dim, v.shape[3]
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
-) -> tuple[Tensor, AttentionStats]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
     """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
     dtype = accumulation_dtype(q)
     rows, options = q.shape[:3], _Options(scoring, dtype)
@@ -79,6 +77,97 @@ def attention(
         torch.get_num_threads(),
     )
     return z, stats
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_corrupted: Tensor | None,
+    stats: AttentionStats,
+    grad_z: Tensor,
+    scoring: Scoring,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_q, grad_k, grad_v and the keys' effects; those not asked for are empty tensors."""
+    dtype = accumulation_dtype(q)
+    options, cotangents = _Options(scoring, dtype), grad_z.shape[0]
+    stats = AttentionStats(
+        *(
+            x.to(torch.int64 if name == "top_key" else dtype).contiguous()
+            for name, x in stats._asdict().items()
+        )
+    )
+    grads = [
+        torch.empty((cotangents, *x.shape) if gradients else (0,), dtype=q.dtype) for x in (q, k, v)
+    ]
+    effect_shape = (cotangents, q.shape[0], k.shape[2], k.shape[1])
+    effect = torch.empty(effect_shape if k_corrupted is not None else (0,), dtype=dtype)
+    _C.attention_backward(
+        _sizes(q, k, v),
+        cotangents,
+        options.passed,
+        _passed(q),
+        _passed(k),
+        _passed(v),
+        _NOTHING if k_corrupted is None else _passed(k_corrupted),
+        _passed(grad_z),
+        _addresses(stats),
+        *(_passed(grad) if gradients else _NOTHING for grad in grads),
+        0 if k_corrupted is None else effect.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grads[0], grads[1], grads[2], effect
+
+
+def attention_vjp(
+    q: Tensor, k: Tensor, v: Tensor, stats: AttentionStats, grad_z: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_q, grad_k, grad_v) of sum(z * grad_z) for every cotangent."""
+    return _backward(q, k, v, None, stats, grad_z, scoring, True)[:3]
+
+
+def _patched_query_effects(grad_z: Tensor, z_corrupted: Tensor, z: Tensor) -> Tensor:
+    """g . (z' - z), (C, batch, queries, heads); exactly 0 where the query is unchanged."""
+    return node_effects(z_corrupted - z, grad_z, None).transpose(-1, -2)
+
+
+def query_patch_effects(
+    q: Tensor, k: Tensor, v: Tensor, q_corrupted: Tensor, grad_z: Tensor, scoring: Scoring
+) -> Tensor:
+    """I_Q(i) = g_i . (z'_i - z_i), signed, (C, batch, queries, heads); z' serves every cotangent."""
+    z, z_corrupted = (attention(x, k, v, scoring)[1].z for x in (q, q_corrupted))
+    return _patched_query_effects(grad_z, z_corrupted, z)
+
+
+def key_patch_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_corrupted: Tensor,
+    grad_z: Tensor,
+    stats: AttentionStats,
+    scoring: Scoring,
+) -> Tensor:
+    """I_K(j) = sum_i (a' - a) (r_ij - mean of r over the row's other keys), (C, batch, keys, kv_heads)."""
+    return _backward(q, k, v, k_corrupted, stats, grad_z, scoring, False)[3]
+
+
+def attention_vjp_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_corrupted: Tensor,
+    k_corrupted: Tensor,
+    stats: AttentionStats,
+    grad_z: Tensor,
+    scoring: Scoring,
+) -> AttentionEffects:
+    """attention_vjp, query_patch_effects and key_patch_effects of the same inputs together."""
+    z_corrupted = attention(q_corrupted, k, v, scoring)[1].z
+    *grads, effect_k = _backward(q, k, v, k_corrupted, stats, grad_z, scoring, True)
+    effect_q = _patched_query_effects(grad_z, z_corrupted, stats.z)
+    return AttentionEffects(*grads, effect_q, effect_k)
 
 
 def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
