@@ -8,13 +8,17 @@ from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).resolve().parent)
 VERSION_FILE = "atp_fast/_version.py"
 DEPENDS = [*sorted(glob("csrc/*.h")), VERSION_FILE, "setup.py"]
-FLAGS = ["/O2", "/W4"] if sys.platform == "win32" else ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = (
+    ["/O2", "/W4"]
+    if sys.platform == "win32"
+    else ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+)
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -24,7 +28,9 @@ class BuildExt(build_ext):
     def build_extensions(self):
         openmp = ["-fopenmp"] if self.compiler.compiler_type == "unix" and self.has_openmp() else []
         for extension in self.extensions:
-            extension.define_macros.append(("ATP_FAST_VERSION", f'"{self.distribution.get_version()}"'))
+            extension.define_macros.append(
+                ("ATP_FAST_VERSION", f'"{self.distribution.get_version()}"')
+            )
             extension.extra_compile_args += openmp
             extension.extra_link_args += openmp
         super().build_extensions()
@@ -33,7 +39,13 @@ class BuildExt(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(OPENMP_PROBE)
-            command = [*self.compiler.compiler_cxx, "-fopenmp", str(source), "-o", f"{folder}/probe"]
+            command = [
+                *self.compiler.compiler_cxx,
+                "-fopenmp",
+                str(source),
+                "-o",
+                f"{folder}/probe",
+            ]
             try:
                 return subprocess.run(command, capture_output=True).returncode == 0
             except OSError:
@@ -56,4 +68,9 @@ extension = Pybind11Extension(
 )
 
 with ParallelCompile(needs_recompile=stale):
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+    setup(
+        packages=[*find_packages(include=["atp_fast*"]), "atp_fast.kernels"],
+        package_dir={"atp_fast.kernels": "kernels"},
+        ext_modules=[extension],
+        cmdclass={"build_ext": BuildExt},
+    )

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from atp_fast._version import __version__
 
 if TYPE_CHECKING:
-    from atp_fast import metrics, ops, tasks
+    from atp_fast import metrics as metrics
+    from atp_fast import ops as ops
+    from atp_fast import tasks as tasks
     from atp_fast.build import build_info
     from atp_fast.engine import Engine
     from atp_fast.metrics import Metric
