@@ -30,6 +30,7 @@ from atp_fast.baselines.subsets import (
     sample_subsets,
 )
 from atp_fast.nodes import Node
+from atp_fast.results import require
 
 ASSUMPTIONS = (
     "Assumes that the effects of patching several nodes at once nearly add up, and that subset effects are near "
@@ -138,11 +139,7 @@ class MissedBound:
 
 def _special() -> Any:
     """scipy.special, which holds Student's t distribution (stdtr) and its quantiles (stdtrit)."""
-    try:
-        import scipy.special
-    except ImportError as error:
-        raise ImportError("the bound needs scipy: pip install 'atp_fast[reports]'") from error
-    return scipy.special
+    return require("scipy.special", "the bound on missed effects")
 
 
 def _check_confidence(confidence: Sequence[float]) -> tuple[float, ...]:

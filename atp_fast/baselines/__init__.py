@@ -12,7 +12,13 @@ from atp_fast.baselines.rankings import (
     paper_settings,
     walk,
 )
-from atp_fast.baselines.subsets import EnginePatcher, Patcher, SubsetStatistics, sample_subsets
+from atp_fast.baselines.subsets import (
+    EnginePatcher,
+    Patcher,
+    SubsetStatistics,
+    moving_ids,
+    sample_subsets,
+)
 
 __all__ = [
     "Blocks",
@@ -26,6 +32,7 @@ __all__ = [
     "SubsetStatistics",
     "Verified",
     "Visit",
+    "moving_ids",
     "paper_settings",
     "sample_subsets",
     "walk",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atp_fast.nodes import Node
+from atp_fast.nodes import Node, NodeSpace
 
 if TYPE_CHECKING:
     from atp_fast.engine import Direction, Engine, MetricLike
@@ -40,6 +40,20 @@ class Patcher(Protocol):
         """Signed effect of patching each whole subset at once: (subsets, pairs), or with pair, which gives the one
         pair that each subset is measured on, (subsets,)."""
         ...
+
+
+def moving_ids(space: NodeSpace, pairs: PromptPairs) -> Ids:
+    """Flat numbers, ascending, of the nodes whose patching can change anything.
+
+    That is at positions from the first differing token of some pair to its last: all others have effect 0 exactly.
+    """
+    columns = torch.arange(space.positions, device=pairs.clean_ids.device)
+    first = pairs.starts + pairs.split
+    moved = (columns >= first[:, None]) & (columns <= pairs.last[:, None])
+    live = moved.any(0).cpu().numpy()
+    grids = [np.broadcast_to(live[None, :, None], space.shape(kind)) for kind in space.kinds]
+    found: Ids = np.flatnonzero(np.concatenate([grid.ravel() for grid in grids]))
+    return found
 
 
 class EnginePatcher:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atp_fast.baselines.subsets import EnginePatcher, Floats, Ids
+from atp_fast.baselines.subsets import EnginePatcher, Floats, Ids, moving_ids
 from atp_fast.engine import Direction, Engine, MetricLike
 from atp_fast.evaluation.study import Estimate
 from atp_fast.metrics import resolve
@@ -36,7 +36,7 @@ def estimate_forwards(
 class EngineCase:
     """One task and one family on a model.
 
-    The family's nodes are those at positions from the first differing token of any pair on: earlier ones have effect 0
+    The family's nodes are those at positions from the first differing token on (moving_ids): earlier ones have effect 0
     exactly, and no method has to look at them. Attention: all q, k, v, z nodes are candidates. Neurons: a fixed random
     sample of `sample` nodes, and the top `best` of each estimator.
     Means over pairs count 0 for a pair without a token at the position.
@@ -65,16 +65,7 @@ class EngineCase:
         self.sample, self.best, self.seed = sample, best, seed
         self.kinds = FAMILIES[family]
         self.space: NodeSpace = engine.plug.space(pairs.clean_ids.shape[1], self.kinds)
-        self.start = int((pairs.starts + pairs.split).min())
-        positions = np.concatenate(
-            [
-                np.broadcast_to(
-                    np.arange(self.space.positions)[None, :, None], self.space.shape(kind)
-                ).ravel()
-                for kind in self.kinds
-            ]
-        )
-        self.moving: Ids = np.flatnonzero(positions >= self.start)
+        self.moving: Ids = moving_ids(self.space, pairs)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -86,7 +77,6 @@ class EngineCase:
             "pairs": self.pairs.digest(),
             "metric": resolve(self.metric, self.pairs).name,
             "direction": self.direction,
-            "start": self.start,
         }
 
     def estimate(self, method: str) -> Estimate:

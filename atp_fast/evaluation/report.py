@@ -10,6 +10,7 @@ from typing import Any
 
 from atp_fast.evaluation.study import MARKS, Study
 from atp_fast.files import written_whole
+from atp_fast.results import require
 
 CONVENTION = (
     "Costs are forward-pass equivalents: a forward on one pair is 1, a backward 2. Verifying a node costs one forward "
@@ -174,17 +175,10 @@ def _levels(rows: Iterable[Mapping[str, Any]]) -> list[float]:
     return list(dict.fromkeys(row["confidence"] for row in rows))
 
 
-def _need(module: str) -> ImportError:
-    return ImportError(f"the study's curves need {module}: pip install 'atp_fast[reports]'")
-
-
 def curves_figure(study: Study, title: str) -> Any:
     """plotly figure: per case, cost of verified recall against K on logarithmic axes; 90 % recall dashed."""
-    try:
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
-    except ImportError as error:
-        raise _need("plotly") from error
+    go = require("plotly.graph_objects", "the curves' page")
+    make_subplots = require("plotly.subplots", "the curves' page").make_subplots
     found = cases(study.curves)
     columns = min(2, max(1, len(found)))
     rows = max(1, math.ceil(len(found) / columns))
@@ -217,17 +211,12 @@ def curves_figure(study: Study, title: str) -> Any:
 
 def draw_png(study: Study, path: str | Path, title: str) -> None:
     """The same curves, 100 % recall, as PNG; matplotlib draws them, which needs no browser."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _need("matplotlib") from error
+    figure = require("matplotlib.figure", "the curves' picture").Figure
     found = cases(study.curves)
     columns = min(2, max(1, len(found)))
     rows = max(1, math.ceil(len(found) / columns))
-    figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    picture = figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(found) :]:
         ax.set_axis_off()
     for ax, case in zip(axes.flat, found, strict=False):
@@ -240,8 +229,8 @@ def draw_png(study: Study, path: str | Path, title: str) -> None:
         ax.grid(alpha=0.3)
     if found:
         axes.flat[0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, format="png", dpi=110)
+    picture.suptitle(title)
+    picture.savefig(path, format="png", dpi=110)
 
 
 def _colour(method: str) -> str:
