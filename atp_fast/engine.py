@@ -45,7 +45,7 @@ class Engine:
         memory_budget: int | str | None = None,
     ) -> None:
         check_backend(backend)
-        self.model = model
+        self.model, self.precision = model, precision
         self.plug = Plug(model, backend)
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
 
@@ -71,7 +71,7 @@ class Engine:
         kinds = check_kinds(nodes)
         run_pairs = _directed(pairs, direction)
         measure = resolve(metric, run_pairs)
-        self._check_context(pairs)
+        self.check_pairs(pairs)
         space = self.plug.space(pairs.clean_ids.shape[1], kinds)
         if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
             reason = self.plug.inspection.refused["graddrop"]
@@ -113,7 +113,7 @@ class Engine:
             metric=measure.name,
             direction=direction,
             backend=self.backend,
-            model=self._model_name(),
+            model=self.model_name,
             clean_value=clean_value,
             corrupted_value=corrupted_value,
             metadata=self._metadata(pairs, seconds),
@@ -159,7 +159,7 @@ class Engine:
     ) -> Patching:
         """The pairs' two runs, kept for many calls of `Patching.effects` (inside `self.plug.plugged()`)."""
         directed = _directed(pairs, direction)
-        self._check_context(pairs)
+        self.check_pairs(pairs)
         self.plug.space(1, check_kinds(kinds))
         with self.plug.plugged():
             return Patching(self.plug, directed, resolve(metric, directed), check_kinds(kinds))
@@ -201,7 +201,7 @@ class Engine:
             metric=resolve(metric, pairs).name,
             direction=direction,
             backend=self.backend,
-            model=self._model_name(),
+            model=self.model_name,
             nodes=nodes,
             subsets=sets,
             valid=None if bool(measured.all()) else measured,
@@ -218,21 +218,25 @@ class Engine:
             return [torch.arange(len(pairs))]
         return list(torch.split(order, 16))
 
-    def _check_context(self, pairs: PromptPairs) -> None:
-        context, longest = self.plug.inspection.context, int(pairs.lengths.max())
-        if context is not None and longest > context:
+    def check_pairs(self, pairs: PromptPairs) -> None:
+        """Raises ValueError, naming the pair, where the model's context or vocabulary cannot hold a prompt."""
+        context, length = self.plug.inspection.context, pairs.lengths
+        if context is not None and int(length.max()) > context:
             raise ValueError(
-                f"pairs must fit the model's context of {context} tokens, got a prompt of {longest}"
+                f"pairs must fit the model's context of {context} tokens, got a prompt of {int(length.max())} "
+                f"in pair {int(length.argmax())}"
             )
         vocabulary = self.plug.vocabulary
-        largest = max(int(pairs.clean_ids.max()), int(pairs.corrupted_ids.max()))
-        if largest >= vocabulary:
+        largest = torch.maximum(pairs.clean_ids, pairs.corrupted_ids).amax(1)
+        if int(largest.max()) >= vocabulary:
             raise ValueError(
-                f"pairs must hold token ids below the model's {vocabulary}, got {largest}"
+                f"pairs must hold token ids below the model's {vocabulary}, got {int(largest.max())} "
+                f"in pair {int(largest.argmax())}"
             )
 
-    def _model_name(self) -> str:
-        return getattr(self.model.config, "name_or_path", "") or self.plug.name  # type: ignore[union-attr]
+    @property
+    def model_name(self) -> str:
+        return getattr(self.model.config, "name_or_path", "") or self.plug.name
 
     def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
         parameter = next(self.model.parameters())
