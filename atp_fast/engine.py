@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atp_fast._version import __version__
+from atp_fast.baselines.subsets import EnginePatcher, moving_ids
+from atp_fast.diagnostics import MissedBound, bound_missed
 from atp_fast.hf import Plug
 from atp_fast.metrics import Metric, resolve
 from atp_fast.nodes import Node, check_kinds
@@ -149,6 +151,37 @@ class Engine:
         Returns effect (pairs, subsets), signed; `valid` is False where a subset was not measured.
         """
         return self._patched(pairs, None, subsets, pair_index, metric, direction, progress)
+
+    def bound_missed(
+        self,
+        pairs: PromptPairs,
+        exclude: Sequence[Node] = (),
+        metric: MetricLike = "logit_diff",
+        direction: Direction = "noising",
+        nodes: Sequence[str] = DEFAULT_NODES,
+        confidence: Sequence[float] = (0.9, 0.99, 0.999),
+        forwards: int = 1000,
+        probability: float = 0.03,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> MissedBound:
+        """Upper bounds on the largest |effect| among the nodes that were not verified (see diagnostics.bound_missed).
+
+        exclude: the verified nodes, such as `patch(...).nodes`; nodes: the kinds the bound is about. Nodes before the
+        first differing token have effect 0 and are left out.
+        """
+        space = self.plug.space(pairs.clean_ids.shape[1], check_kinds(nodes))
+        candidates = [space.node(int(flat)) for flat in moving_ids(space, pairs)]
+        known = set(candidates)
+        return bound_missed(
+            EnginePatcher(self, pairs, candidates, metric, direction),
+            exclude=[node for node in exclude if node in known],
+            confidence=confidence,
+            forwards=forwards,
+            probability=probability,
+            seed=seed,
+            progress=progress,
+        )
 
     def patching(
         self,
