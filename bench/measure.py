@@ -1,0 +1,170 @@
+"""How the benchmarks measure: interleaved rounds, CPU seconds beside wall seconds, foreign load, peak memory, product rates."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import RowFile
+
+
+@dataclass
+class Timing:
+    """One entry per timed call: wall seconds, CPU seconds of this process, cores that other processes kept busy."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    foreign: list[float] = field(default_factory=list)
+
+    def add(self, wall: float, cpu: float, foreign: float) -> None:
+        self.wall.append(wall)
+        self.cpu.append(cpu)
+        self.foreign.append(foreign)
+
+    def write(self, file: RowFile, *, note: str = "", **columns: Any) -> None:
+        """Rows "wall_seconds", "cpu_seconds" and "foreign_cores"."""
+        for metric, values in (
+            ("wall_seconds", self.wall),
+            ("cpu_seconds", self.cpu),
+            ("foreign_cores", self.foreign),
+        ):
+            file.add(values, metric=metric, note=note, **columns)
+
+
+def _busy_seconds() -> float:
+    """Seconds all cores together have spent working since boot."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return sum(ticks[i] for i in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(fn: Callable[[], object]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and foreign cores of one call."""
+    gc.collect()
+    busy, wall, cpu = _busy_seconds(), time.perf_counter(), time.process_time()
+    fn()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu, max(0.0, _busy_seconds() - busy - cpu) / wall
+
+
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Hold an advisory lock file, which others that time things on this machine respect."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def interleaved(
+    providers: Mapping[Any, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    lock: Path | None = None,
+) -> dict[Any, Timing]:
+    """Time every provider once per round, so that a slow spell of the machine falls on all of them."""
+    timings = {name: Timing() for name in providers}
+    for number in range(warmup + rounds):
+        with alone(lock):
+            for name, fn in providers.items():
+                found = timed(fn)
+                if number >= warmup:
+                    timings[name].add(*found)
+    return timings
+
+
+def write_ratio(file: RowFile, base: Timing, timing: Timing, *, of: str, **columns: Any) -> None:
+    """The row "times_faster_than_<of>": per round, the wall seconds of `base` by those of `timing`."""
+    ratios = [b / t for b, t in zip(base.wall, timing.wall, strict=True)]
+    file.add(ratios, metric=f"times_faster_than_{of}", **columns)
+
+
+# ---- memory
+
+
+def reset_peak() -> int:
+    """Give freed memory back, set the kernel's peak to the present, and return that: resident bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmHWM")
+
+
+def extra_peak(before: int) -> int:
+    """Bytes by which the resident size has exceeded `before` (what `reset_peak` returned)."""
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def in_subprocess(arguments: Sequence[str], lock: Path | None = None) -> Any:
+    """Run a benchmark's script again with these arguments; what its last line of output says, read as JSON."""
+    with alone(lock):
+        done = subprocess.run(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the rate of matrix products
+
+
+@contextlib.contextmanager
+def onednn_products() -> Iterator[None]:
+    """float32 products by oneDNN where the default is another library.
+
+    The setting allows bfloat16; without matrix tiles (AMX) oneDNN still computes in float32. `product_paths` checks.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def product_paths(
+    rows: int = 3072, inner: int = 768, columns: int = 3072
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Ways to multiply (rows, inner) by (inner, columns): name -> (a call, operations).
+
+    "float32 default", "float32 oneDNN" where its error is float32's, and "bfloat16".
+    """
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    narrow_a, narrow_b = a.bfloat16(), b.bfloat16()
+    operations = 2 * rows * inner * columns
+
+    def onednn() -> torch.Tensor:
+        with onednn_products():
+            return a @ b.T
+
+    paths: dict[str, tuple[Callable[[], object], int]] = {
+        "float32 default": (lambda: a @ b.T, operations),
+        "bfloat16": (lambda: narrow_a @ narrow_b.T, operations),
+    }
+    exact = a.double() @ b.double().T
+    error = float((onednn().double() - exact).abs().max() / exact.abs().max())
+    if error < 1e-5:
+        paths["float32 oneDNN"] = (onednn, operations)
+    return paths
