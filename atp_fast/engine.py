@@ -16,12 +16,14 @@ from atp_fast._version import __version__
 from atp_fast.baselines.subsets import EnginePatcher, moving_ids
 from atp_fast.diagnostics import MissedBound, bound_missed
 from atp_fast.hf import Plug
+from atp_fast.memory import SweepPlan, budget_for, plan_sweep, read_budget
 from atp_fast.metrics import Metric, resolve
 from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.pairs import PromptPairs
 from atp_fast.patching import Patching
+from atp_fast.products import check_precision, fast_products
 from atp_fast.results import Attribution, PatchEffects
 from atp_fast.sweep import Scores, check_method, sweep
 
@@ -34,7 +36,11 @@ class Engine:
     """Attribution, exact patching and diagnostics on one HuggingFace causal language model.
 
     model: a transformers causal language model in evaluation mode; it is left as it was after every call.
-    backend: "auto", "reference", "cpp" or "triton", for the attention and reduction ops.
+    backend: "auto", "reference", "cpp" or "triton", for the attention and reduction ops;
+    precision: None keeps the model's dtype; "bf16" takes cotangents through linear maps in bfloat16 with float32
+    accumulation, the runs themselves and the effects' sums stay as they are;
+    memory_budget: bytes, a size such as "8GiB", or "auto" (None), half of what is free, for what a call needs beside
+    the model and its result; it changes how much is done at once, never the numbers beyond rounding.
     Raises TypeError, ValueError or NotImplementedError, naming the model's class and the reason, for a model that is
     not in evaluation mode, cannot be intercepted, or cannot be served exactly.
     """
@@ -47,7 +53,8 @@ class Engine:
         memory_budget: int | str | None = None,
     ) -> None:
         check_backend(backend)
-        self.model, self.precision = model, precision
+        self.model, self.precision = model, check_precision(precision)
+        self._asked_budget = read_budget(memory_budget)
         self.plug = Plug(model, backend)
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
 
@@ -84,10 +91,12 @@ class Engine:
         scores = Scores(space, len(pairs), self.plug.device, dtype, per_pair)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
-        batches = self._batches(run_pairs, measure)
+        plan = self._plan(run_pairs, measure, chosen.graddrop)
+        batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
-        with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
+        fast, bar = fast_products(self.plug.device), _bar(progress, total, f"{method} layers")
+        with self.plug.plugged(), fast, bar:
             for rows in batches:
                 clean, corrupted = sweep(
                     self.plug,
@@ -96,6 +105,9 @@ class Engine:
                     chosen,
                     scores,
                     rows=rows.to(self.plug.device),
+                    taped_from=plan.taped_from,
+                    precision=self.precision,
+                    chunk=plan.chunk,
                     advance=bar.update,
                 )
                 clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
@@ -194,8 +206,11 @@ class Engine:
         directed = _directed(pairs, direction)
         self.check_pairs(pairs)
         self.plug.space(1, check_kinds(kinds))
-        with self.plug.plugged():
-            return Patching(self.plug, directed, resolve(metric, directed), check_kinds(kinds))
+        budget = budget_for(self.plug, self._asked_budget)
+        with self.plug.plugged(), fast_products(self.plug.device):
+            return Patching(
+                self.plug, directed, resolve(metric, directed), check_kinds(kinds), budget
+            )
 
     def _patched(
         self,
@@ -226,7 +241,8 @@ class Engine:
         patching = self.patching(pairs, kinds, metric, direction)
         columns = len(distinct) if sets is None else len(sets)
         rows = columns * (len(pairs) if pair_index is None else 1)
-        with self.plug.plugged(), _bar(progress, rows, "patched runs") as bar:
+        fast, bar = fast_products(self.plug.device), _bar(progress, rows, "patched runs")
+        with self.plug.plugged(), fast, bar:
             effect, measured = patching.effects(distinct, numbers, pair_index, bar.update)
         return PatchEffects(
             effect=effect,
@@ -244,12 +260,24 @@ class Engine:
 
     # ---- plans and checks
 
-    def _batches(self, pairs: PromptPairs, metric: Metric) -> list[Tensor]:
+    def _plan(self, pairs: PromptPairs, metric: Metric, graddrop: bool) -> SweepPlan:
+        layers = len(self.plug.layers)
+        shared = int(pairs.split.min()) if self.plug.moves else 0
+        return plan_sweep(
+            self.plug,
+            budget_for(self.plug, self._asked_budget),
+            pairs=len(pairs),
+            positions=max(1, int(pairs.lengths.max()) - shared),
+            cotangents=layers + 1 if graddrop else 1,
+            together=metric.all_pairs_at_once,
+        )
+
+    def _batches(self, pairs: PromptPairs, size: int) -> list[Tensor]:
         """Rows of pairs that are run together: pairs that split late share a batch, so that they share a prefix."""
-        order = torch.argsort(pairs.split, descending=True, stable=True)
-        if metric.all_pairs_at_once:
+        if size >= len(pairs):
             return [torch.arange(len(pairs))]
-        return list(torch.split(order, 16))
+        order = torch.argsort(pairs.split, descending=True, stable=True)
+        return list(torch.split(order, size))
 
     def check_pairs(self, pairs: PromptPairs) -> None:
         """Raises ValueError, naming the pair, where the model's context or vocabulary cannot hold a prompt."""

@@ -245,6 +245,7 @@ class Inspection:
     v_dim: int = 0
     hidden: int = 0
     neurons: int = 0
+    tape_bytes: int = 0  # what autograd keeps of one layer, per position
     context: int | None = None
     windows: tuple[int | None, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
@@ -444,12 +445,25 @@ class Plug:
             )
 
     def _check_gradients(self) -> None:
-        ids = torch.full((1, 2), self._plain_token, dtype=torch.int64, device=self.device)
+        """See that cotangents get through a layer, and how much autograd keeps of it."""
+        positions = min(8, self.inspection.context or 8)
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        ids = torch.full((1, positions), self._plain_token, dtype=torch.int64, device=self.device)
         try:
             with self.plugged():
                 x, arguments = self.enter(ids)
                 x = x.detach().requires_grad_()
-                out = self.run_layer(0, x, arguments[0], LayerRun(backend=self.backend, cut=True))
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                    run = LayerRun(backend=self.backend, cut=True)
+                    out = self.run_layer(0, x, arguments[0], run)
                 gradient = torch.autograd.grad(out.sum(), x)[0]
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -458,12 +472,17 @@ class Plug:
             ) from error
         if not bool(torch.isfinite(gradient).all()):
             raise ValueError("model gives gradients that are not finite in layer 0")
+        self.inspection.tape_bytes = sum(kept.values()) // positions
 
     # ---- switching and restoring
 
     @property
     def device(self) -> torch.device:
         return self._embedding.device
+
+    @property
+    def itemsize(self) -> int:
+        return self._embedding.element_size()
 
     @property
     def vocabulary(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.memory import Budget, patched_rows
 from atp_fast.metrics import Metric
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
 from atp_fast.pairs import PromptPairs
@@ -26,10 +27,6 @@ from atp_fast.runs import (
     metric_values,
     run_pairs,
 )
-
-# what rows of one batch may take: their activations inside one layer, in numbers
-_NUMBERS_PER_BATCH = 1 << 25
-_ROWS_PER_BATCH = 1024
 
 
 class NodeTable(NamedTuple):
@@ -69,6 +66,7 @@ class Patching:
         pairs: PromptPairs,
         metric: Metric,
         kinds: Sequence[str],
+        budget: Budget,
         pairs_at_once: int = 16,
     ) -> None:
         """kinds: the node kinds that will be patched. The model must be plugged in, here and in `effects`."""
@@ -77,7 +75,9 @@ class Patching:
         self.batches = (
             [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
         )
-        self.sessions = [PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches]
+        self.sessions = [
+            PatchSession(plug, pairs[rows], metric, kinds, budget) for rows in self.batches
+        ]
         self.pairs = pairs
         self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])
 
@@ -142,12 +142,17 @@ class PatchSession:
     """A batch of pairs ready to be patched: both runs, the node values of both, and the clean metric."""
 
     def __init__(
-        self, plug: Plug, pairs: PromptPairs, metric: Metric, kinds: Sequence[str]
+        self,
+        plug: Plug,
+        pairs: PromptPairs,
+        metric: Metric,
+        kinds: Sequence[str],
+        budget: Budget,
     ) -> None:
-        """kinds: the node kinds that will be patched."""
-        self.plug, self.pairs, self.metric = plug, pairs, metric
+        """kinds: the node kinds that will be patched; budget: for the rows run at once."""
+        self.plug, self.pairs, self.metric, self.budget = plug, pairs, metric, budget
         kept = tuple({*kinds, "k", "v"} - {"resid_pre"})
-        self.runs: PairRuns = run_pairs(plug, pairs, kept)
+        self.runs: PairRuns = run_pairs(plug, pairs, kept, keep_values=True)
         self.keys_values = [self._clean_keys_values(layer) for layer in range(len(plug.layers))]
         batch = len(pairs)
         self.corrupted = [
@@ -254,17 +259,10 @@ class PatchSession:
         batches, start = [], 0
         while start < len(order):
             width = self.runs.start + self.runs.positions - int(position[order[start]])
-            size = max(
-                1,
-                min(_ROWS_PER_BATCH, _NUMBERS_PER_BATCH // (width * self._numbers_per_position())),
-            )
+            size = patched_rows(self.plug, self.budget, width)
             batches.append(order[start : start + size])
             start += size
         return batches
-
-    def _numbers_per_position(self) -> int:
-        found = self.plug.inspection
-        return 4 * found.hidden + 3 * found.neurons + 3 * found.heads * found.head_dim
 
     def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor) -> Tensor:
         """Run patched rows from their first layer to the logits of the metric, in the order of `rows`."""

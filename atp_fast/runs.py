@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
 from atp_fast.metrics import Metric
 from atp_fast.pairs import PromptPairs
-
-Values = dict[str, Tensor]
+from atp_fast.tape import LayerTape, Values, keeper
 
 
 @dataclass
 class PairRuns:
     """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
 
+    clean, corrupted: layer inputs, (pairs, positions, hidden); values: node values of both runs, (2 pairs, ...), clean
+    first, if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
     given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
     model's device. Everything is computed in the latter layout: no real position ever sees padding.
     """
@@ -37,6 +38,7 @@ class PairRuns:
     prefixes: list[Prefix | None] = field(default_factory=list)
     prefix_output: Tensor | None = None
     values: list[Values] = field(default_factory=list)
+    tapes: dict[int, tuple[LayerTape, Values]] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
@@ -64,10 +66,20 @@ def check_finite(x: Tensor, where: str) -> None:
         )
 
 
-def run_pairs(plug: Plug, given: PromptPairs, keep: Sequence[str] = ()) -> PairRuns:
-    """Run pairs, clean and corrupted in one batch.
+def run_pairs(
+    plug: Plug,
+    given: PromptPairs,
+    kinds: Sequence[str] = (),
+    *,
+    keep_values: bool = False,
+    taped_from: int | None = None,
+    precision: str | None = None,
+) -> PairRuns:
+    """Run pairs, clean and corrupted.
 
-    keep: node kinds whose values stay in `values`, one dict per layer, of both runs: (2 pairs, ...), clean first.
+    keep_values: leave both runs' values of `kinds` in `values`;
+    taped_from: layers from this one on leave a tape of the clean run and the corrupted run's values of `kinds` in
+    `tapes`, so that the sweep need not run them again. Other layers run both prompts in one batch.
     """
     pairs = given.right_padded().to(plug.device)
     clean, corrupted = filled(pairs, pairs.clean_ids), filled(pairs, pairs.corrupted_ids)
@@ -77,26 +89,41 @@ def run_pairs(plug: Plug, given: PromptPairs, keep: Sequence[str] = ()) -> PairR
     prefix_output = None
     if start:
         prefixes, prefix_output = _run_prefix(plug, clean[:, :start])
-    both = torch.cat([clean[:, start:], corrupted[:, start:]])
-    x, arguments = plug.enter(both, start)
     batch = len(pairs)
-    index = torch.arange(batch, device=both.device)
-    runs = PairRuns(given, pairs, start, [], prefixes=prefixes, prefix_output=prefix_output)
-    with torch.no_grad():
-        for number in range(len(plug.layers)):
-            runs.clean.append(x[:batch])
-            runs.corrupted.append(x[batch:])
-            prefix = prefixes[number]
-            doubled = None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
-            values: Values = {}
-            run = LayerRun(plug.backend, keeper(values, keep), doubled, tuple(keep))
-            runs.values.append(values)
-            x = plug.run_layer(number, x, arguments[number], run)
-            check_finite(x, f"layer {number}")
-    runs.clean.append(x[:batch])
-    runs.corrupted.append(x[batch:])
-    runs.arguments = [a.rows(index, 2 * batch) for a in arguments]
+    both, doubled = plug.enter(torch.cat([clean[:, start:], corrupted[:, start:]]), start)
+    first = torch.arange(batch, device=both.device)
+    arguments = [a.rows(first, 2 * batch) for a in doubled]
+    runs = PairRuns(given, pairs, start, arguments, prefixes=prefixes, prefix_output=prefix_output)
+    taped_from = len(plug.layers) if taped_from is None else taped_from
+    x, y = both[:batch], both[batch:]
+    for number in range(len(plug.layers)):
+        runs.clean.append(x)
+        runs.corrupted.append(y)
+        if number >= taped_from:
+            tape = LayerTape(plug, number, x, arguments[number], prefixes[number], kinds, precision)
+            y, values = run_for_values(plug, runs, number, y, kinds)
+            x = tape.out.detach()
+            runs.tapes[number] = tape, values
+        else:
+            values = {}
+            visit = keeper(values, kinds) if keep_values else None
+            run = LayerRun(
+                plug.backend, visit, _twice(prefixes[number]), tuple(kinds) if visit else ()
+            )
+            with torch.no_grad():
+                both = plug.run_layer(number, torch.cat([x, y]), doubled[number], run)
+            x, y = both[:batch], both[batch:]
+            if keep_values:
+                runs.values.append(values)
+        check_finite(x, f"layer {number}")
+        check_finite(y, f"layer {number}")
+    runs.clean.append(x)
+    runs.corrupted.append(y)
     return runs
+
+
+def _twice(prefix: Prefix | None) -> Prefix | None:
+    return None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
 
 
 def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
@@ -116,28 +143,18 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
     return prefixes, x.expand(batch, -1, -1)
 
 
-def keeper(values: Values, kinds: Sequence[str]) -> Visit:
-    """A visit function that notes the values of some kinds and changes nothing."""
-
-    def keep(kind: str, value: Tensor) -> Tensor:
-        if kind in kinds:
-            values[kind] = value
-        return value
-
-    return keep
-
-
-def read_values(plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]) -> Values:
-    """Node values of one layer run on x, without a graph.
+def run_for_values(
+    plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]
+) -> tuple[Tensor, Values]:
+    """One layer on x without a graph: its output, and its node values.
 
     q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
     """
     values: Values = {"resid_pre": x}
-    if any(kind != "resid_pre" for kind in kinds):
-        run = LayerRun(plug.backend, keeper(values, kinds), runs.prefixes[number], tuple(kinds))
-        with torch.no_grad():
-            plug.run_layer(number, x, runs.arguments[number], run)
-    return values
+    visit = keeper(values, (*kinds, "q", "k", "v", "z"))
+    run = LayerRun(plug.backend, visit, runs.prefixes[number], tuple(kinds))
+    with torch.no_grad():
+        return plug.run_layer(number, x, runs.arguments[number], run), values
 
 
 def metric_logits(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) -> Tensor:

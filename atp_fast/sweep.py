@@ -8,6 +8,7 @@ z, one op takes them through the attention with every QK-fixed effect, and autog
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from atp_fast import ops
-from atp_fast.hf import LayerRun, Plug
+from atp_fast.hf import Plug
 from atp_fast.metrics import Metric
 from atp_fast.nodes import NodeSpace
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.pairs import PromptPairs
-from atp_fast.runs import PairRuns, Values, metric_values, read_values, run_pairs
+from atp_fast.runs import PairRuns, metric_values, run_for_values, run_pairs
+from atp_fast.tape import LayerTape, Values
 
 HEADED = ("q", "k", "v", "z")
 
@@ -102,49 +104,6 @@ class Scores:
             target.index_put_((pair, flat), kept.reshape(-1, width), accumulate=True)
 
 
-class LayerTape:
-    """One layer run on its clean input under autograd, cut at the attention."""
-
-    def __init__(self, plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str]) -> None:
-        self.values: Values = {}
-        self.x = runs.clean[number].detach().requires_grad_()
-        self.run = LayerRun(plug.backend, self._keep, runs.prefixes[number], tuple(kinds), cut=True)
-        with torch.enable_grad():
-            self.out = plug.run_layer(number, self.x, runs.arguments[number], self.run)
-        self.values["resid_pre"] = self.x
-
-    def _keep(self, kind: str, value: Tensor) -> Tensor:
-        self.values[kind] = value
-        return value
-
-    def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of the layer's output by `wanted`, the attention's output taken as given."""
-        return batched_grad([self.out], wanted, [cotangents])
-
-    def from_attention(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-        """Gradients by the layer's input of q, k, v (with any prefix's keys and values ahead of their own)."""
-        run = self.run
-        assert run.q is not None and run.k is not None and run.v is not None
-        return batched_grad([run.q, run.k, run.v], [self.x], [grad_q, grad_k, grad_v])[0]
-
-
-def batched_grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    """torch.autograd.grad for a leading axis of cotangents, keeping the graph; unused inputs get zeros."""
-
-    def grad(*given: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, given, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-
-    if (
-        cotangents[0].shape[0] == 1
-    ):  # one cotangent needs no vmap, whose dispatch costs as much as a small layer
-        return [g[None] for g in grad(*(c[0] for c in cotangents))]
-    return list(torch.func.vmap(grad)(*cotangents))
-
-
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor]:
     """The metric of each pair, (pairs,), and its gradient by the last layer's output, (pairs, positions, hidden)."""
     last = runs.clean[-1].detach().requires_grad_()
@@ -162,15 +121,17 @@ def sweep(
     scores: Scores,
     *,
     rows: Tensor,
+    taped_from: int | None = None,
+    precision: str | None = None,
     chunk: int | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Add the scores of a batch of pairs; returns the metric of the clean and of the corrupted runs, (pairs,) each.
 
-    rows: the pairs' numbers among all pairs of the scores;
-    chunk: cotangents taken at once (all when None); advance: called after every layer.
+    rows: the pairs' numbers among all pairs of the scores; taped_from, precision: as for `runs.run_pairs`;
+    chunk: cotangents taken at once (all when None), halved when memory runs out; advance: called after every layer.
     """
-    runs = run_pairs(plug, pairs)
+    runs = run_pairs(plug, pairs, scores.space.kinds, taped_from=taped_from, precision=precision)
     clean_value, cotangent = top_cotangent(plug, runs, metric)
     with torch.no_grad():
         corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
@@ -181,8 +142,21 @@ def sweep(
     columns = columns.clamp(max=scores.space.positions - 1)
     for number in reversed(range(len(plug.layers))):
         if bool(live.any()):
-            layer = _Layer(plug, runs, number, method, scores.space.kinds)
-            cotangents = layer.sweep(cotangents, chunk)
+            chunk = min(chunk or len(cotangents), len(cotangents))
+            while True:
+                try:
+                    layer = _Layer(plug, runs, number, method, scores.space.kinds, precision)
+                    below = layer.sweep(cotangents, chunk)
+                    break
+                except torch.OutOfMemoryError:
+                    if chunk == 1:
+                        raise
+                    chunk = (chunk + 1) // 2
+                    warnings.warn(
+                        f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
+                        stacklevel=2,
+                    )
+            cotangents = below
             for kind, (score, effect) in layer.found.items():
                 score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
                 kept = score if method.graddrop else effect
@@ -195,15 +169,24 @@ class _Layer:
     """One layer's part of the sweep: effects of its nodes, and the cotangents of its input."""
 
     def __init__(
-        self, plug: Plug, runs: PairRuns, number: int, method: Method, kinds: Sequence[str]
+        self,
+        plug: Plug,
+        runs: PairRuns,
+        number: int,
+        method: Method,
+        kinds: Sequence[str],
+        precision: str | None,
     ) -> None:
         self.number, self.layers, self.method, self.kinds = number, len(plug.layers), method, kinds
         self.plug, self.start = plug, runs.start
-        corrupted = read_values(plug, runs, number, runs.corrupted[number], (*kinds, "q", "k"))
-        self.tape = LayerTape(plug, runs, number, kinds)
-        self.corrupted = corrupted
-        self.delta = {kind: corrupted[kind] - self.tape.values[kind].detach() for kind in kinds}
         self.prefix = runs.prefixes[number]
+        kept = runs.tapes.pop(number, None)
+        if kept is None:
+            x, arguments = runs.clean[number], runs.arguments[number]
+            tape = LayerTape(plug, number, x, arguments, self.prefix, kinds, precision)
+            kept = tape, run_for_values(plug, runs, number, runs.corrupted[number], kinds)[1]
+        self.tape, self.corrupted = kept
+        self.deltas: Values = {}
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def sweep(self, cotangents: Tensor, chunk: int | None) -> Tensor:
@@ -218,9 +201,8 @@ class _Layer:
             return cotangents
         inputs = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.method.graddrop:
-            inputs = torch.cat(
-                [inputs, cotangents[:1]]
-            )  # this layer dropped: its write gets nothing
+            # this layer dropped: the ordinary cotangent takes the skip connection alone
+            inputs = torch.cat([inputs, cotangents[:1]])
         if "resid_pre" in self.kinds:
             self._first_order("resid_pre", inputs, 0)
         return inputs
@@ -281,6 +263,12 @@ class _Layer:
             self._reduce("k", found.effect_k[:, :, self.start :], first)
         return found.grad_q, found.grad_k, found.grad_v
 
+    def _delta(self, kind: str) -> Tensor:
+        """Corrupted minus clean value, computed once for all chunks of cotangents."""
+        if kind not in self.deltas:
+            self.deltas[kind] = self.corrupted[kind] - self.tape.values[kind].detach()
+        return self.deltas[kind]
+
     def _weights(self, kind: str, first: int, effects: Tensor, count: int) -> Tensor:
         weights = cotangent_weights(self.method.graddrop, kind, self.number, self.layers)
         dtype = accumulation_dtype(effects)
@@ -288,7 +276,7 @@ class _Layer:
 
     def _first_order(self, kind: str, grad: Tensor, first: int) -> None:
         """Effects delta . grad of a kind under cotangents `first`..., grad (C, *shape of the kind's values)."""
-        delta, backend = self.delta[kind], self.plug.backend
+        delta, backend = self._delta(kind), self.plug.backend
         grad = grad.to(delta.dtype)
         if kind == "neuron":  # each neuron is a node of its own
             delta, grad = delta[..., None], grad[..., None]
