@@ -12,7 +12,7 @@ where node n is in, and mean-, s-^2, c- where it is out, a one-sided Welch test 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -80,7 +80,6 @@ class MissedBound:
     seed: int
     pairs: int
     assumptions: str
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:
@@ -114,7 +113,7 @@ class MissedBound:
         """Everything but the per-node arrays, ready for JSON, and the worst node at each confidence."""
         return {
             "bounds": {f"{c:g}": b for c, b in zip(self.confidence, self.bounds, strict=True)},
-            "worst_node": {f"{c:g}": list(self.worst(1, c)[0]) for c in self.confidence},
+            "worst_node": {f"{c:g}": self.worst(1, c)[0]._asdict() for c in self.confidence},
             "nodes": len(self.nodes),
             "forwards": self.forwards,
             "probability": self.probability,
@@ -123,7 +122,6 @@ class MissedBound:
             "fewest_included": int(self.included.min()),
             "fewest_excluded": int(self.excluded.min()),
             "assumptions": self.assumptions,
-            "metadata": dict(self.metadata),
         }
 
     def __repr__(self) -> str:

@@ -99,7 +99,7 @@ ADDITIVE = {
 
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_coverage_is_at_least_nominal_where_effects_add_up(name):
-    runs = 500
+    runs = 300
     for level, covered in simulate(ADDITIVE[name], runs=runs).items():
         spread = math.sqrt(level * (1 - level) / runs)
         assert covered >= level - 2.5 * spread
@@ -161,7 +161,7 @@ def test_text_carries_the_assumptions():
     data = json.loads(json.dumps(found.to_dict()))
     assert data["assumptions"] == ASSUMPTIONS
     assert list(data["bounds"].values()) == list(found.bounds)
-    assert data["worst_node"]["0.9"][0] == "neuron"
+    assert data["worst_node"]["0.9"]["kind"] == "neuron"
     assert data["fewest_included"] == found.included.min() >= 2
 
 

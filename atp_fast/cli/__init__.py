@@ -10,7 +10,10 @@ from atp_fast._version import __version__
 from atp_fast.cli.attribute import attribute
 from atp_fast.cli.commands import Commands
 from atp_fast.cli.demo import demo
+from atp_fast.cli.diagnose import diagnose
 from atp_fast.cli.doctor import doctor
+from atp_fast.cli.study import study
+from atp_fast.cli.verify import verify
 
 app = typer.Typer(
     cls=Commands,
@@ -20,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(attribute)
+app.command()(verify)
+app.command()(diagnose)
+app.command()(study)
 app.command()(demo)
 app.command()(doctor)
 

@@ -1,0 +1,94 @@
+"""atp-fast diagnose: how large the effect of a node that was not verified could still be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atp_fast.cli.opened import open_run
+from atp_fast.cli.show import console, print_written
+from atp_fast.cli.verify import EXACT
+from atp_fast.files import written_whole
+from atp_fast.nodes import label
+
+BOUND = "bound.json"
+
+
+def diagnose(
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of `atp-fast attribute`, after `atp-fast verify` on it."),
+    ],
+    forwards: Annotated[
+        int, typer.Option(min=1, help="Random subsets to patch, one forward each.")
+    ] = 1000,
+    probability: Annotated[
+        float, typer.Option(help="Chance of each unverified node to be in a subset.")
+    ] = 0.03,
+    confidence: Annotated[
+        str, typer.Option(help="Confidence levels, with commas.")
+    ] = "0.9,0.99,0.999",
+    nodes: Annotated[
+        str | None, typer.Option(help="Node kinds, with commas; all of the run's if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="The model, where it has moved since the run.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton.")] = "auto",
+) -> None:
+    """Bound the largest effect among the nodes that were not verified.
+
+    Random subsets of them are patched at once; a one-sided Welch test on
+    every node gives the bound, and its assumptions are printed with it.
+    """
+    from atp_fast.results import PatchEffects
+
+    if not (run / EXACT).is_file() and run.is_dir():
+        raise FileNotFoundError(f"{run} holds no {EXACT}: run `atp-fast verify {run}` first")
+    levels = _levels(confidence)
+    opened = open_run(run, model, backend)
+    verified = PatchEffects.load(run / EXACT).nodes or []
+    kinds = (
+        opened.found.space.kinds
+        if nodes is None
+        else tuple(kind.strip() for kind in nodes.split(","))
+    )
+    bound = opened.engine.bound_missed(
+        opened.pairs,
+        exclude=verified,
+        metric=opened.found.metric,
+        direction=opened.direction,
+        nodes=kinds,
+        confidence=levels,
+        forwards=forwards,
+        probability=probability,
+        seed=seed,
+    )
+    out = console()
+    out.print(
+        f"{len(bound.nodes):,} unverified nodes ({', '.join(kinds)}), {bound.forwards:,} random subsets:",
+        markup=False,
+    )
+    for level, value in zip(bound.confidence, bound.bounds, strict=True):
+        node = label(bound.worst(1, level)[0], opened.found.tokens)
+        out.print(
+            f"with {100 * level:g} % confidence none has |effect| >= {value:.5f} (largest: {node})",
+            markup=False,
+        )
+    out.print(bound.assumptions, markup=False)
+    with written_whole(run / BOUND) as path:
+        path.write_text(json.dumps(bound.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print_written([run / BOUND])
+
+
+def _levels(text: str) -> list[float]:
+    try:
+        return [float(level) for level in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"confidence must be numbers with commas, such as 0.9,0.99, got {text!r}"
+        ) from error

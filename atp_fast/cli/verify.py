@@ -1,0 +1,110 @@
+"""atp-fast verify: exact effects of a run's best nodes, beside its estimates."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from atp_fast.cli.opened import open_run
+from atp_fast.cli.show import console, print_written
+from atp_fast.files import written_whole
+
+if TYPE_CHECKING:
+    from atp_fast.evaluation.agreement import Agreement, Verified
+
+EXACT = "verified.safetensors"
+TABLE = "verified.csv"
+NUMBERS = "verified.json"
+SCATTER = "verified.html"
+COLUMNS = ("kind", "layer", "position", "token", "index")
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="Folder that `atp-fast attribute` wrote.")],
+    top: Annotated[int, typer.Option(min=1, help="Best nodes to patch exactly.")] = 100,
+    nodes: Annotated[
+        str | None, typer.Option(help="Node kinds, with commas; all of the run's if not given.")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="Worst disagreements to print.")] = 10,
+    model: Annotated[
+        str | None, typer.Option(help="The model, where it has moved since the run.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton.")] = "auto",
+) -> None:
+    """Patch a run's best nodes exactly, and compare with their estimates.
+
+    Each node costs one forward pass per pair. What was not verified is
+    not judged: `atp-fast diagnose` bounds what may have been missed.
+    """
+    from atp_fast.evaluation.agreement import agreement
+
+    opened = open_run(run, model, backend)
+    kinds = None if nodes is None else [kind.strip() for kind in nodes.split(",")]
+    chosen = opened.found.top(min(top, len(opened.found)), kinds)
+    exact = opened.engine.patch(
+        opened.pairs, chosen, metric=opened.found.metric, direction=opened.direction
+    )
+    found = agreement(chosen, exact, opened.found.method)
+    _print(found, worst)
+    exact.save(run / EXACT)
+    _write_table(run / TABLE, found)
+    with written_whole(run / NUMBERS) as path:
+        path.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    written = [run / EXACT, run / TABLE, run / NUMBERS]
+    if importlib.util.find_spec("plotly"):
+        with written_whole(run / SCATTER) as path:
+            found.scatter().write_html(path, include_plotlyjs=True)
+        written.append(run / SCATTER)
+    print_written(written)
+
+
+def _print(found: Agreement, worst: int) -> None:
+    out = console()
+    out.print(
+        f"{len(found.rows)} nodes patched exactly: rank correlation of {found.method} with the exact contributions "
+        f"{found.rank_correlation:.3f}, same sign {100 * found.same_sign:.1f} % (weighted by contribution)",
+        markup=False,
+    )
+    precisions = ", ".join(f"{k}: {p:.2f}" for k, p in found.precisions().items())
+    if precisions:
+        out.print(f"precision among them at K = {precisions}", markup=False)
+    rows = found.worst(worst)
+    if not rows:
+        return
+    table = Table(title=f"{len(rows)} worst disagreements")
+    for name in (*COLUMNS, "estimated", "exact", "exact effect"):
+        table.add_column(name, justify="left" if name in ("kind", "token") else "right")
+    for row in rows:
+        cells = [escape("" if cell is None else str(cell)) for cell in _place(row)]
+        table.add_row(
+            *cells,
+            f"{row.node.contribution:.5f}",
+            f"{row.contribution:.5f}",
+            f"{row.effect:+.5f}",
+        )
+    out.print(table)
+
+
+def _place(row: Verified) -> list[object]:
+    return [getattr(row.node, name) for name in COLUMNS]
+
+
+def _write_table(path: Path, found: Agreement) -> None:
+    """Best estimate first: the node, both estimates, both exact values."""
+    header = (*COLUMNS, "contribution", "effect", "exact_contribution", "exact_effect")
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in found.rows:
+            estimates = (row.node.contribution, row.node.effect)
+            writer.writerow([*_place(row), *estimates, row.contribution, row.effect])
