@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import atp_fast.engine
 import zoo
@@ -57,6 +59,21 @@ def test_equals_the_literal_reference(family: str, method: str) -> None:
     pairs = zoo.random_pairs(model, 3, 8, ragged=True)
     tolerance = 1e-6 if family == "mixtral" else 1e-9
     assert_equals_literal(model, pairs, tolerance, method=method, nodes=kinds_of(family))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("name", "tolerance"), [("tiny_gpt2_3L", 1e-9), ("tiny_llama_2L", 1e-6)])
+def test_trained_weights(name: str, tolerance: float, backend: str) -> None:
+    """Models that do induction and IOI, so that some attention rows are saturated."""
+    path = Path(__file__).parent / "data" / name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    pairs = zoo.random_pairs(model, 3, 12, ragged=True, shared_prefix=3)
+    half = pairs.clean_ids.shape[1] // 2
+    clean, corrupted = pairs.clean_ids.clone(), pairs.corrupted_ids.clone()
+    clean[:, half:], corrupted[:, half:] = clean[:, :half], corrupted[:, :half]
+    repeated = PromptPairs(clean, corrupted, pairs.answer_ids, pairs.wrong_answer_ids)
+    for metric in ("logit_diff", "kl"):
+        assert_equals_literal(model, repeated, tolerance, backend, metric=metric, nodes=KINDS)
 
 
 @pytest.mark.parametrize("method", ["atp", "atp*"])
