@@ -3,7 +3,7 @@
 One pair of random prompts whose first tokens differ, so that no prefix is shared; the nodes q, k, v, z and neuron. The
 scores are compared before anything is timed. Both sides run with their defaults. Rows go to bench/results/engine.csv:
   wall_seconds, cpu_seconds, foreign_cores     of one call, every provider once per round
-  times_faster_than_literal                    per round, against the literal reference in float32
+  times_faster_than literal, times_less_cpu_than literal   per round, against the literal reference in float32
   share_of_bound                               the time that the products alone would take at the best rate, by ours
   extra_peak_bytes                             resident memory above the loaded model, in a process of its own
   operations_per_second                        of matrix products, measured in the same rounds
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import NEOX_160M, build, operations, random_pairs
+from cases import build, operations, random_pairs
 from measure import (
     Timing,
     alone,
@@ -28,8 +28,9 @@ from measure import (
     interleaved,
     product_paths,
     reset_peak,
-    write_ratio,
+    write_ratios,
 )
+from random_models import NEOX_160M
 from rows import RESULTS, RowFile
 from transformers import PreTrainedModel
 
@@ -64,9 +65,9 @@ def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callabl
     if provider.name == "literal":
         return lambda: literal_attribution(model, pairs, "logit_diff", provider.method)[0]
     engine = Engine(model, backend=provider.backend, precision=provider.precision)
-    return lambda: engine.attribute(
-        pairs, "logit_diff", provider.method, progress=False
-    ).contribution
+    return lambda: (
+        engine.attribute(pairs, "logit_diff", provider.method, progress=False).contribution
+    )
 
 
 def check_agreement(model: PreTrainedModel, positions: int, backend: str) -> None:
@@ -77,7 +78,9 @@ def check_agreement(model: PreTrainedModel, positions: int, backend: str) -> Non
         for kind, expected in theirs.items():  # type: ignore[attr-defined]
             error = (ours[kind] - expected).abs().max() / expected.abs().max()  # type: ignore[index]
             if not error < AGREEMENT:
-                raise RuntimeError(f"{method} of {kind} at T={positions}: relative error {error:.2g}")
+                raise RuntimeError(
+                    f"{method} of {kind} at T={positions}: relative error {error:.2g}"
+                )
 
 
 def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
@@ -105,7 +108,12 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
             op="product",
             provider="torch",
             mode=name,
-            shape={"rows": 3072, "inner": 768, "columns": 3072, "beside": f"{model_name} T{positions}"},
+            shape={
+                "rows": 3072,
+                "inner": 768,
+                "columns": 3072,
+                "beside": f"{model_name} T{positions}",
+            },
             dtype=name.split()[0],
             metric="operations_per_second",
         )
@@ -119,7 +127,7 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
             continue
         base = Provider("literal", "", provider.method)
         if base in timings:
-            write_ratio(file, timings[base], timing, of="literal", **columns)
+            write_ratios(file, timings[base], timing, of="literal", **columns)
         least = operations(model, positions, METHODS[provider.method].graddrop)
         file.add(
             [least / best[provider.precision] / wall for wall in timing.wall],
@@ -167,9 +175,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--literal-up-to", type=int, default=1024, help="longest prompt of the reference")
+    parser.add_argument(
+        "--literal-up-to", type=int, default=1024, help="longest prompt of the reference"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--quick", action="store_true", help="one model, T=32, two rounds, no memory")
+    parser.add_argument(
+        "--quick", action="store_true", help="one model, T=32, two rounds, no memory"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "engine.csv")
     parser.add_argument("--lock", type=Path, help="file to lock while timing, on a shared machine")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

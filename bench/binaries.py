@@ -1,0 +1,169 @@
+"""Compiled kernels without a GPU: what a launch would start, its resources, and the instructions of its main loop.
+
+The launchers run on meta tensors while their start is captured; the captured kernel is compiled for a target
+through a stub driver, with the dtypes, sizes and strides of the real call, so that Triton sees the alignment a
+real call would show it. Registers and instructions are read from the binary by the tools Triton bundles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from atp_fast.kernels import launch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# shared memory a block may have, bytes
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.MULTILINE)
+_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+
+
+class Start(NamedTuple):
+    """A captured kernel start: every argument but the grid, tensors among them."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    programs: int
+
+
+class _StubDriver:
+    """The little of a driver that compiling asks for; one device number per target keeps their caches apart."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self._name]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self._name)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def stub_driver(name: str) -> Iterator[None]:
+    """Triton's active driver is a stub of the target, for as long as the context lasts."""
+    # reset_active would look for a real driver
+    previous = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_StubDriver(name))
+    try:
+        yield
+    finally:
+        triton.runtime.driver.set_active(previous)
+
+
+def captured(call: Callable[[], object]) -> list[Start]:
+    """The kernel starts that a call of launchers on meta tensors would make."""
+    starts: list[Start] = []
+
+    def record(kernel: Any, grid: tuple[int], arguments: dict[str, Any]) -> None:
+        starts.append(Start(kernel, arguments, grid[0]))
+
+    original = launch._start
+    launch._start = record
+    try:
+        call()
+    finally:
+        launch._start = original
+    return starts
+
+
+def compiled(start: Start, target: str) -> Any:
+    """Triton's compiled kernel of a start for a target."""
+    arguments = {
+        name: MockTensor.wrap_dtype(x.dtype) if isinstance(x, torch.Tensor) else x
+        for name, x in start.arguments.items()
+    }
+    if target.startswith("gfx") and "PRECISION" in arguments:
+        arguments["PRECISION"] = "ieee"
+    with stub_driver(target):
+        return start.kernel.warmup(**arguments, grid=(1,))
+
+
+class Binary(NamedTuple):
+    """What a binary for NVIDIA holds: registers, spilled bytes, shared memory, instructions by opcode.
+
+    loop counts the instructions of its main loop: the innermost loop with the most matrix instructions (or the
+    most instructions, where there are none).
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Counter[str]
+    loop: Counter[str]
+
+    def matrix(self) -> int:
+        """Matrix instructions in the whole binary."""
+        return sum(self.instructions[op] for op in _MATRIX)
+
+
+def _opcodes(text: str) -> Counter[str]:
+    return Counter(match[1] for match in _INSTRUCTION.finditer(text))
+
+
+def _by_family(full: Counter[str]) -> Counter[str]:
+    families: Counter[str] = Counter()
+    for opcode, count in full.items():
+        families[opcode.split(".")[0]] += count
+    return families
+
+
+def _main_loop(text: str) -> Counter[str]:
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\.L\w+):", text, re.MULTILINE)}
+    loops = []
+    for match in re.finditer(r"BRA\S*\s+(?:U?P\w+,\s*)?`\((\.L\w+)\)", text):
+        if labels.get(match[1], len(text)) < match.start():
+            loops.append((labels[match[1]], match.end()))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [_opcodes(text[start : end + 200]) for start, end in inner]
+
+    def weight(body: Counter[str]) -> tuple[int, int]:
+        families = _by_family(body)
+        return sum(families[op] for op in _MATRIX), sum(families.values())
+
+    return max(bodies, key=weight, default=Counter())
+
+
+def inspect(kernel: Any) -> Binary:
+    """Resources and instruction counts of a compiled kernel for an NVIDIA target."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+
+        def tool(*command: str) -> str:
+            done = subprocess.run(
+                [str(_TOOLS / command[0]), *command[1:], str(cubin)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return done.stdout
+
+        usage = tool("cuobjdump", "-res-usage")
+        text = tool("nvdisasm", "-c")
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = _by_family(_opcodes(text))
+    spilled = max(found["STACK"], found["LOCAL"], 4 * (instructions["STL"] + instructions["LDL"]))
+    return Binary(
+        found["REG"], spilled, kernel.metadata.shared, instructions, _main_loop(text)
+    )
