@@ -118,6 +118,15 @@ def test_the_page_of_heat_maps_is_written(tmp_path):
     assert f"wrote {tmp_path / 'report.html'}" in stdout
 
 
+def test_report_is_written_again_from_the_file(tmp_path):
+    attribute(tmp_path / "run", *PAIR, "--nodes", "z")
+    page = (tmp_path / "run" / "report.html").read_text()
+    run("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert len((tmp_path / "page.html").read_text()) == pytest.approx(len(page), rel=0.01)
+    _, stderr = run("report", tmp_path, code=2)
+    assert f"no result file at {tmp_path / 'run.safetensors'}" in error_of(stderr)
+
+
 def test_pairs_from_jsonl_and_csv_agree_with_text(tmp_path):
     record = {"clean": CLEAN, "corrupted": CORRUPTED, "answer": "Mary"}
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
