@@ -6,6 +6,7 @@ compares them with measured peaks.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
@@ -85,10 +86,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def budget_for(plug: Plug, asked: int | None) -> Budget:
-    """The asked budget, or half of what is free on the model's device."""
+    """The asked budget, or half of what is free on the model's device, shared by torchrun's processes on a machine."""
     if asked is not None:
         return Budget(asked, auto=False)
-    return Budget(free_memory(plug.device) // 2, auto=True)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plug.device.type == "cpu" else 1
+    return Budget(free_memory(plug.device) // 2 // sharing, auto=True)
 
 
 class Costs(NamedTuple):

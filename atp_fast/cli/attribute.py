@@ -13,7 +13,9 @@ from atp_fast.cli.show import print_top, print_written
 
 if TYPE_CHECKING:
     from atp_fast.encoding import Tokenizer
+    from atp_fast.engine import Engine
     from atp_fast.pairs import PromptPairs
+    from atp_fast.results import Attribution
 
 PROMPTS = "Prompts (one of --task, --pairs, --clean)"
 METHOD = "Method"
@@ -111,6 +113,14 @@ def attribute(
         str | None,
         typer.Option(help="Bytes, 8GiB, or auto.", rich_help_panel=METHOD),
     ] = None,
+    shard_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pairs per shard. A killed run, typed again, goes on from the shards it had finished.",
+            rich_help_panel=METHOD,
+        ),
+    ] = 16,
     out: Annotated[
         Path,
         typer.Option(
@@ -128,11 +138,14 @@ def attribute(
     A contribution says how strongly patching one node alone would change
     the metric, on average over the pairs; the effect is the same with its
     sign. Both are estimates from gradients: verify the best before use.
+    Many pairs can be shared by several processes:
+    torchrun --nproc-per-node 4 --no-python atp-fast attribute ...
     """
     _check_source(task, pairs, clean)
     writable_folder(out)
 
-    from atp_fast.engine import Direction, Engine
+    from atp_fast.distributed import launched, rank, remove_shards, to_local_device
+    from atp_fast.engine import Engine
     from atp_fast.models import load_model
 
     note(f"loading {model}")
@@ -140,16 +153,49 @@ def attribute(
     found_pairs = _read_pairs(
         tokenizer, task, pairs, clean, corrupted, answer, wrong_answer, n_pairs, seed
     )
+    if launched():
+        to_local_device(network)
     engine = Engine(network, backend, precision, memory_budget)
-    found = engine.attribute(
-        found_pairs,
-        metric=metric,
-        method=method,
-        nodes=[kind.strip() for kind in nodes.split(",")],
-        direction=cast(Direction, direction),
-    )
+    kinds = [kind.strip() for kind in nodes.split(",")]
+    shards = out / "shards"
+    found = _attribute(engine, found_pairs, shards, metric, method, kinds, direction, shard_size)
+    if rank() > 0:
+        return
     print_top(found, found.top(min(top, len(found))))
     print_written(write_run(out, found, found_pairs, table_rows))
+    remove_shards(shards)
+
+
+def _attribute(
+    engine: Engine,
+    pairs: PromptPairs,
+    folder: Path,
+    metric: str,
+    method: str,
+    nodes: list[str],
+    direction: str,
+    shard_size: int,
+) -> Attribution:
+    """In shards, kept in the folder until the run is done, for several processes or more pairs than one shard's."""
+    from atp_fast.distributed import ShardError, attribute_sharded, launched
+    from atp_fast.engine import Direction
+
+    way = cast(Direction, direction)
+    if not launched() and len(pairs) <= shard_size:
+        return engine.attribute(pairs, metric=metric, method=method, nodes=nodes, direction=way)
+    try:
+        return attribute_sharded(
+            engine,
+            pairs,
+            folder,
+            metric=metric,
+            method=method,
+            nodes=nodes,
+            direction=way,
+            shard_size=shard_size,
+        )
+    except ShardError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_source(task: str | None, pairs: Path | None, clean: list[str] | None) -> None:
