@@ -345,6 +345,21 @@ def test_bad_arguments() -> None:
             lambda: engine.attribute(pairs, lambda x: x.sum((1, 2)) / 0),
         ),
         (TypeError, r"pairs must be PromptPairs, got str", lambda: engine.attribute("When Mary")),
+        (
+            ValueError,
+            r"precision must be None or 'bf16', got 'fp8'",
+            lambda: Engine(model, precision="fp8"),
+        ),
+        (
+            ValueError,
+            r"memory_budget must be bytes, a size .*got 'much'",
+            lambda: Engine(model, memory_budget="much"),
+        ),
+        (
+            ValueError,
+            r"memory_budget must be positive, got 0",
+            lambda: Engine(model, memory_budget=0),
+        ),
         (ValueError, r"backend must be among auto, .*'cuda'", lambda: Engine(model, "cuda")),
         (
             ValueError,

@@ -113,21 +113,70 @@ def test_chunks_of_cotangents_change_nothing(
     assert sizes
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_float32(family: str) -> None:
-    """float32 models against the float64 literal; the tolerance is what the float32 literal needs, doubled."""
-    wide = zoo.build(family)
-    narrow = zoo.build(family, dtype=torch.float32)
-    pairs = zoo.random_pairs(wide, 2, 8)
-    kinds = kinds_of(family)
+def assert_as_good_as_the_literal(family: str, dtype: torch.dtype, kinds: list[str]) -> None:
+    """Against the float64 literal: at most twice the error of the literal in the same dtype, and a few eps."""
+    wide, narrow = zoo.build(family), zoo.build(family, dtype=dtype)
+    pairs = zoo.random_pairs(wide, 3, 9)
     truth = literal_attribution(wide, pairs, nodes=kinds)[0]
     literal = literal_attribution(narrow, pairs, nodes=kinds)[0]
     ours = Engine(narrow, "reference").attribute(pairs, nodes=kinds, progress=False).contribution
     for kind in kinds:
         assert ours[kind].dtype == torch.float32
         largest = float(truth[kind].abs().max())
-        allowed = 2 * float((literal[kind] - truth[kind]).abs().max()) + 1e-6 * largest
-        assert float((ours[kind] - truth[kind]).abs().max()) <= allowed, kind
+        allowed = 2 * float((literal[kind] - truth[kind]).abs().max())
+        allowed += 8 * torch.finfo(dtype).eps * largest
+        error = float((ours[kind] - truth[kind]).abs().max())
+        assert error <= allowed, (kind, error, allowed, largest)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_float32(family: str) -> None:
+    assert_as_good_as_the_literal(family, torch.float32, kinds_of(family))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "phi", "opt"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    kinds = [kind for kind in KINDS if kind not in ("attn_out", "mlp_out")]
+    assert_as_good_as_the_literal(family, dtype, kinds)
+
+
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    id="torch.bfloat16",
+    marks=pytest.mark.xfail(strict=True, reason="writes are mistaken for one another in bfloat16"),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "phi", "opt"])
+def test_writes_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    assert_as_good_as_the_literal(family, dtype, ["attn_out", "mlp_out"])
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, "1MB", "8GiB", "auto"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_memory_budget_changes_nothing(family: str, budget: int | str) -> None:
+    model = zoo.build(family, wide_norms=True)
+    pairs = zoo.random_pairs(model, 5, 9, ragged=True)
+    wanted = literal_attribution(model, pairs, nodes=KINDS)
+    engine = Engine(model, "reference", memory_budget=budget)
+    found = engine.attribute(pairs, nodes=KINDS, progress=False)
+    assert_close(found.contribution, wanted[0], 1e-12)
+    assert_close(found.effect, wanted[1], 1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+def test_bf16_cotangents(family: str) -> None:
+    """precision="bf16" rounds gradients to 8 bits at every linear map: a few per cent, and not less than rounding."""
+    model = zoo.build(family, dtype=torch.float32)
+    pairs = zoo.random_pairs(model, 3, 9)
+    wanted = Engine(model).attribute(pairs, nodes=KINDS, progress=False)
+    found = Engine(model, precision="bf16").attribute(pairs, nodes=KINDS, progress=False)
+    for kind in KINDS:
+        largest = wanted.contribution[kind].max()
+        error = (found.contribution[kind] - wanted.contribution[kind]).abs().max()
+        assert 1e-5 * largest < error < 0.03 * largest, (kind, float(error / largest))
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
