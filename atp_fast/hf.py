@@ -445,40 +445,48 @@ class Plug:
             )
 
     def _check_gradients(self) -> None:
-        """See that cotangents get through a layer, and how much autograd keeps of it."""
+        """See that cotangents get through a layer, and how much autograd keeps of it per position."""
         positions = min(8, self.inspection.context or 8)
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def note(saved: Tensor) -> Tensor:
-            storage = saved.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return saved
-
-        ids = torch.full((1, positions), self._plain_token, dtype=torch.int64, device=self.device)
         try:
-            with self.plugged():
-                x, arguments = self.enter(ids)
-                x = x.detach().requires_grad_()
-                with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-                    run = LayerRun(backend=self.backend, cut=True)
-                    out = self.run_layer(0, x, arguments[0], run)
-                gradient = torch.autograd.grad(out.sum(), x)[0]
+            few, many = self._bytes_kept(positions // 2), self._bytes_kept(positions)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise NotImplementedError(
                 f"{self.name} is not served: no gradient flows through its layers (quantised weights?): {reason}"
             ) from error
+        self.inspection.tape_bytes = (many - few) // max(1, positions - positions // 2)
+
+    def _bytes_kept(self, positions: int) -> int:
+        """Bytes that autograd keeps of layer 0 on so many positions, weights included."""
+        kept: dict[int, int] = {}
+
+        def note(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        ids = torch.full((1, positions), self._plain_token, dtype=torch.int64, device=self.device)
+        with self.plugged():
+            x, arguments = self.enter(ids)
+            x = x.detach().requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                run = LayerRun(backend=self.backend, cut=True)
+                out = self.run_layer(0, x, arguments[0], run)
+            gradient = torch.autograd.grad(out.sum(), x)[0]
         if not bool(torch.isfinite(gradient).all()):
             raise ValueError("model gives gradients that are not finite in layer 0")
-        self.inspection.tape_bytes = sum(kept.values()) // positions
+        return sum(kept.values())
 
     # ---- switching and restoring
 
     @property
     def device(self) -> torch.device:
         return self._embedding.device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights are fetched when their layer runs; what holds on to a layer then holds its weights."""
+        return any(p.device.type == "meta" for p in self.model.parameters())
 
     @property
     def itemsize(self) -> int:

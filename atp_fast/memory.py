@@ -138,6 +138,8 @@ def plan_sweep(
     if budget.auto:
         left = min(left, int(budget.bytes * _AUTO_TAPE_SHARE))
     taped = max(0, min(layers, left // (batch * positions * cost.tape)))
+    if plug.offloaded:
+        taped = 0
     return SweepPlan(batch, chunk, layers - taped)
 
 

@@ -34,7 +34,7 @@ def _onednn_float32_is_faster() -> bool:
                 return False
     except OSError:
         return False
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
@@ -46,7 +46,7 @@ def _onednn_float32_is_faster() -> bool:
 
 @contextlib.contextmanager
 def _onednn() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "bf16"
@@ -75,7 +75,7 @@ class _NarrowProduct(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return (grad.to(torch.bfloat16) @ ctx.narrow.t()).to(grad.dtype), None, None, None
 
 
