@@ -38,15 +38,24 @@ from atp_fast.kernels.launch import (
     sizes_of,
     strides,
 )
-from atp_fast.kernels.tiles import load_rows, logits, sigmoid, store_rows, visible
+from atp_fast.kernels.tiles import (
+    exp,
+    keys_in_reach,
+    load_rows,
+    logits,
+    sigmoid,
+    store_rows,
+    visible,
+)
 
 
 @triton.jit
 def _masked_logits(
     q,
-    k_ptrs,
+    k_ptr,
     mask_ptr,
-    offs_n,
+    start_n,
+    cols,
     positions,
     stride_kn,
     stride_kd,
@@ -61,12 +70,15 @@ def _masked_logits(
     PRECISION: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] logits, -inf where a key is not admissible."""
-    k = load_rows(k_ptrs, offs_n, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
+    left = keys - start_n
+    k_base = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+    k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
     s = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
-    real = offs_n < keys
+    seen = visible(positions[:, None] - (start_n + cols)[None, :], window, CAUSAL)
+    seen &= (cols < left)[None, :]
     if mask_ptr is not None:
-        real = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mn, mask=real, other=0) != 0
-    seen = visible(positions[:, None] - offs_n[None, :], window, CAUSAL) & real[None, :]
+        masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
+        seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
     return tl.where(seen, s, float("-inf"))
 
 
@@ -126,20 +138,15 @@ def _attention_fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     positions = offs_m + (keys - queries)
 
-    low = 0
-    high = keys
-    if window is not None:
-        low = tl.maximum(start_m + (keys - queries) - window + 1, 0) // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        high = tl.minimum(start_m + BLOCK_M + (keys - queries), keys)
+    low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
 
-    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
-    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
-    q_base = q_ptr + batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    q_ptr += batch * stride_qb + head * stride_qh
     if mask_ptr is not None:
         mask_ptr += batch * stride_mb
     # [BLOCK_M, BLOCK_D]
-    q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
 
     # per column of the tile: largest and second largest logit so far, and the tile of the largest
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
@@ -147,7 +154,7 @@ def _attention_fwd_kernel(
     tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start_n in range(low, high, BLOCK_N):
         s = _masked_logits(
-            q, k_base, mask_ptr, start_n + cols, positions, stride_kn, stride_kd, stride_mn, keys,
+            q, k_ptr, mask_ptr, start_n, cols, positions, stride_kn, stride_kd, stride_mn, keys,
             scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
         )  # fmt: skip
         second = tl.maximum(second, tl.minimum(best, s))
@@ -166,17 +173,17 @@ def _attention_fwd_kernel(
     loo_z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
-        total += tl.exp(sink - offset)
+        total += exp(sink - offset)
     for start_n in range(low, high, BLOCK_N):
-        offs_n = start_n + cols
         s = _masked_logits(
-            q, k_base, mask_ptr, offs_n, positions, stride_kn, stride_kd, stride_mn, keys,
+            q, k_ptr, mask_ptr, start_n, cols, positions, stride_kn, stride_kd, stride_mn, keys,
             scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
         )  # fmt: skip
-        p = tl.where(offs_n[None, :] == top[:, None], 0.0, tl.exp(s - offset[:, None]))
+        p = tl.where((start_n + cols)[None, :] == top[:, None], 0.0, exp(s - offset[:, None]))
         total += tl.sum(p, 1)
         # [BLOCK_N, BLOCK_V]
-        v = load_rows(v_base, offs_n, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+        v_base = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        v = load_rows(v_base, cols, keys - start_n, stride_vn, stride_vd, V_DIM, BLOCK_V)
         if v.dtype == tl.float32:
             loo_z = tl.dot(p, v, loo_z, input_precision=PRECISION)
         else:
@@ -192,10 +199,10 @@ def _attention_fwd_kernel(
     nothing = largest == float("-inf")
     lead = tl.where(nothing, float("-inf"), largest - loo_logsumexp)
     v_top_rows = tl.where(nothing, keys, top)
-    v_top = load_rows(v_base, v_top_rows, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+    v_top = load_rows(v_ptr, v_top_rows, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
     z = sigmoid(-lead)[:, None] * loo_z + sigmoid(lead)[:, None] * v_top.to(tl.float32)
     gap = tl.abs(tl.where(nothing | empty, 0.0, lead))
-    joined = tl.maximum(largest, loo_logsumexp) + tl.log(1.0 + tl.exp(-gap))
+    joined = tl.maximum(largest, loo_logsumexp) + tl.log(1.0 + exp(-gap))
     logsumexp = tl.where(nothing, loo_logsumexp, tl.where(empty, largest, joined))
 
     row = batch_head * queries

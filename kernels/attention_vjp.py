@@ -4,15 +4,18 @@
     dS_ij = p_ij (dP_ij - D_i) ds_ij/d(q_i . k_j)
     grad_q_i = sum_j dS_ij k_j       grad_k_j = sum_i dS_ij q_i       grad_v_j = sum_i p_ij g_i
 
-Shapes and dtypes as in attention.py; grad_z and grad_q are (C, batch, heads, queries, v_dim and head_dim). The
-owner of a key block sums grad_k and grad_v (key_blocks.py), the owner of a query block sums grad_q (here), each
-from its own recomputed p: one more p and dP per tile than one kernel would need, and no atomics. D comes from one
-read of grad_z (row_dots.py).
+Inputs as in attention.py; grad_z (C, batch, heads, queries, v_dim); logsumexp and D float32, D from one read of
+grad_z (row_dots.py). Outputs have a leading C and the dtype of q. Logits, p, dP, dS and sums are float32; operands
+of products are in the input dtype (float16: TF32, see tiles.weigh).
 
-One program of the kernel below owns BLOCK_M queries of one head for CHUNK cotangents, whose g stay on chip, and
-loops over the keys in reach. p, dP, dS and sums are float32, operands of products in the input dtype (float16:
-TF32, see tiles.weigh). Per tile: 1 product for p and 2 per cotangent. Bytes per tile:
-BLOCK_N (head_dim + v_dim) elements.
+No atomics: the owner of a key block sums grad_k and grad_v, the owner of a query block grad_q, each from its own
+p and dP, in a fixed order. One program serves CHUNK cotangents, which share p.
+
+_attention_vjp_key_kernel: BLOCK_N keys of one key/value head; loops over the query blocks in reach of every query
+head of the group. Tiles are held transposed, [BLOCK_N, BLOCK_M], so that p and dS enter their products from
+registers. Per tile: 1 product for p and 3 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
+_attention_vjp_query_kernel: BLOCK_M queries of one head, whose g stay on chip; loops over the key blocks in reach.
+Per tile: 1 product for p and 2 per cotangent; bytes: BLOCK_N (head_dim + v_dim) elements.
 """
 
 from __future__ import annotations
@@ -23,23 +26,153 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.key_blocks import launch_key_blocks
 from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
     candidates,
     dot_precision,
+    never_negative_infinity,
     run,
     scoring_arguments,
     sizes_of,
     strides,
 )
 from atp_fast.kernels.row_dots import launch_row_dots
-from atp_fast.kernels.tiles import load_rows, logits, soften, store_rows, visible, weigh
+from atp_fast.kernels.tiles import (
+    exp,
+    keys_in_reach,
+    load_rows,
+    logits,
+    queries_in_reach,
+    soften,
+    store_rows,
+    visible,
+    weigh,
+)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
-def _query_blocks_kernel(
+def _attention_vjp_key_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    mask_ptr,
+    logsumexp_ptr,
+    mean_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_gc,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_mb,
+    stride_mn,
+    batches,
+    cotangents,
+    heads,
+    kv_heads,
+    queries,
+    keys,
+    scale,
+    window,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    block = pid % blocks
+    batch_head = pid // blocks % (batches * kv_heads)
+    batch = batch_head // kv_heads
+    kv_head = batch_head % kv_heads
+    first = pid // blocks // (batches * kv_heads) * CHUNK
+    group = heads // kv_heads
+    start_n = (block * BLOCK_N).to(tl.int32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    shift = keys - queries
+
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+    k = load_rows(k_ptr, offs_n, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, offs_n, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+
+    low, per_head = queries_in_reach(start_n, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+    grad_k = ()
+    grad_v = ()
+    for _ in tl.static_range(CHUNK):
+        grad_k = grad_k + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+        grad_v = grad_v + (tl.zeros([BLOCK_N, BLOCK_V], tl.float32),)
+
+    for step in range(0, group * per_head):
+        head = kv_head * group + step // per_head
+        start_m = low + step % per_head * BLOCK_M
+        offs_m = start_m + rows
+        row = (batch * heads + head) * queries
+        q_base = q_ptr + batch * stride_qb + head * stride_qh
+        # [BLOCK_M, BLOCK_D]
+        q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+        # a row beyond the end has q, g, D and this 0: it adds 0
+        lse = tl.load(logsumexp_ptr + row + offs_m, mask=offs_m < queries, other=0.0)[None, :]
+        seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
+        # [BLOCK_N, BLOCK_M]
+        s = logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
+        p = exp(tl.where(seen, s - lse, float("-inf")))
+
+        new_grad_k = ()
+        new_grad_v = ()
+        for c in tl.static_range(CHUNK):
+            present = tl.where(first + c < cotangents, queries, 0)
+            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            # [BLOCK_M, BLOCK_V]
+            g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
+            row_c = (first + c) * batches * heads * queries + row + offs_m
+            mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
+            centred = tl.dot(v, tl.trans(g), input_precision=PRECISION) - mean
+            ds = soften(p * centred, s, softcap)
+            new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
+            new_grad_k = new_grad_k + (weigh(ds, q, grad_k[c], PRECISION),)
+        grad_k = new_grad_k
+        grad_v = new_grad_v
+
+    # a masked key's sums are meaningless, even infinite: they are dropped here, once, not in every tile
+    real = offs_n < keys
+    if mask_ptr is not None:
+        masks = mask_ptr + batch * stride_mb + offs_n.to(tl.int64) * stride_mn
+        real = tl.load(masks, mask=real, other=0) != 0
+    for c in tl.static_range(CHUNK):
+        if first + c < cotangents:
+            row = (((first + c) * batches + batch) * kv_heads + kv_head) * keys
+            dk = tl.where(real[:, None], grad_k[c] * scale, 0.0)
+            dv = tl.where(real[:, None], grad_v[c], 0.0)
+            store_rows(grad_k_ptr + row * HEAD_DIM, offs_n, keys, dk, HEAD_DIM, BLOCK_D)
+            store_rows(grad_v_ptr + row * V_DIM, offs_n, keys, dv, V_DIM, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
+def _attention_vjp_query_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -100,12 +233,7 @@ def _query_blocks_kernel(
     cols = tl.arange(0, BLOCK_N)
     positions = offs_m + (keys - queries)
 
-    low = 0
-    high = keys
-    if window is not None:
-        low = tl.maximum(start_m + (keys - queries) - window + 1, 0) // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        high = tl.minimum(start_m + BLOCK_M + (keys - queries), keys)
+    low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
 
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -115,9 +243,7 @@ def _query_blocks_kernel(
     row = batch_head * queries + offs_m
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
-    lse = tl.load(logsumexp_ptr + row, mask=offs_m < queries, other=float("inf"))
-    # rows without an admissible key: every weight 0
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]
+    lse = tl.load(logsumexp_ptr + row, mask=offs_m < queries, other=0.0)[:, None]
     g = ()
     mean = ()
     grad_q = ()
@@ -131,18 +257,20 @@ def _query_blocks_kernel(
         grad_q = grad_q + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
 
     for start_n in range(low, high, BLOCK_N):
-        offs_n = start_n + cols
+        left = keys - start_n
+        k_base = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+        v_base = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
-        k = load_rows(k_ptr, offs_n, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, offs_n, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
-        real = offs_n < keys
+        k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_base, cols, left, stride_vn, stride_vd, V_DIM, BLOCK_V)
+        seen = visible(positions[:, None] - (start_n + cols)[None, :], window, CAUSAL)
+        seen &= (cols < left)[None, :]
         if mask_ptr is not None:
-            masks = mask_ptr + offs_n.to(tl.int64) * stride_mn
-            real = tl.load(masks, mask=real, other=0) != 0
-        seen = visible(positions[:, None] - offs_n[None, :], window, CAUSAL) & real[None, :]
+            masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
+            seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
         # [BLOCK_M, BLOCK_N]
         s = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
-        p = tl.where(seen, tl.exp(s - lse), 0.0)
+        p = tl.where(seen, exp(s - lse), 0.0)
         new_grad_q = ()
         for c in tl.static_range(CHUNK):
             dp = tl.dot(g[c], tl.trans(v), input_precision=PRECISION)
@@ -157,17 +285,71 @@ def _query_blocks_kernel(
             store_rows(grad_q_ptr + out, offs_m, queries, dq, HEAD_DIM, BLOCK_D)
 
 
-CONFIGS = {
-    (2, 64): (Blocks(64, 64, 4, 8, 2), Blocks(64, 64, 2, 4, 2)),
-    (2, 128): (Blocks(64, 64, 2, 8, 2),),
+KEY_CONFIGS = {
+    (2, 64): (Blocks(32, 128, 2, 8, 2),),
+    (2, 128): (Blocks(64, 128, 1, 8, 2), Blocks(32, 128, 1, 8, 2)),
+    (2, 256): (Blocks(32, 64, 1, 8, 1),),
+    (4, 64): (Blocks(32, 64, 1, 8, 1),),
+    (4, 128): (Blocks(32, 32, 1, 8, 1),),
+    (4, 256): (Blocks(16, 32, 1, 8, 1),),
+}
+QUERY_CONFIGS = {
+    (2, 64): (Blocks(128, 64, 2, 8, 2), Blocks(64, 64, 2, 4, 2)),
+    (2, 128): (Blocks(64, 64, 1, 4, 2),),
     (2, 256): (Blocks(64, 32, 1, 8, 1),),
-    (4, 64): (Blocks(64, 32, 2, 8, 1),),
+    (4, 64): (Blocks(64, 32, 1, 8, 1),),
     (4, 128): (Blocks(32, 32, 1, 8, 1),),
     (4, 256): (Blocks(32, 16, 1, 8, 1),),
 }
 
 
-def launch_query_blocks(
+def launch_key_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_z: Tensor,
+    logsumexp: Tensor,
+    mean: Tensor,
+    scoring: Scoring,
+    *,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """grad_k and grad_v; mean is D, (C, batch, heads, queries) float32."""
+    sizes = sizes_of(q, k, v)
+    cotangents = grad_z.shape[0]
+    grad_k = k.new_empty((cotangents, *k.shape))
+    grad_v = v.new_empty((cotangents, *v.shape))
+    if grad_k.numel() + grad_v.numel() == 0:
+        return grad_k, grad_v
+    arguments: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "grad_ptr": grad_z,
+        "logsumexp_ptr": never_negative_infinity(logsumexp),
+        "mean_ptr": mean,
+        "grad_k_ptr": grad_k,
+        "grad_v_ptr": grad_v,
+        "batches": sizes.batch,
+        "cotangents": cotangents,
+        **strides("q", q, "bhmd"),
+        **strides("k", k, "bhnd"),
+        **strides("v", v, "bhnd"),
+        **strides("g", grad_z, "cbhmd"),
+        **scoring_arguments(scoring, sizes),
+        "PRECISION": dot_precision(q.dtype),
+    }
+    choices = candidates(KEY_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    heads = sizes.batch * sizes.kv_heads
+
+    def programs(b: Blocks) -> int:
+        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+
+    run(_attention_vjp_key_kernel, programs, arguments, (blocks,) if blocks else choices, q)
+    return grad_k, grad_v
+
+
+def launch_query_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -189,7 +371,7 @@ def launch_query_blocks(
         "k_ptr": k,
         "v_ptr": v,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": logsumexp,
+        "logsumexp_ptr": never_negative_infinity(logsumexp),
         "mean_ptr": mean,
         "grad_q_ptr": grad_q,
         "batches": sizes.batch,
@@ -201,13 +383,13 @@ def launch_query_blocks(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = (blocks,) if blocks else candidates(CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = candidates(QUERY_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.heads
 
     def programs(b: Blocks) -> int:
         return triton.cdiv(sizes.queries, b.block_m) * heads * triton.cdiv(cotangents, b.chunk)
 
-    run(_query_blocks_kernel, programs, arguments, choices, q)
+    run(_attention_vjp_query_kernel, programs, arguments, (blocks,) if blocks else choices, q)
     return grad_q
 
 
@@ -225,8 +407,6 @@ def launch_attention_vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_q, grad_k, grad_v; z and logsumexp are the statistics of launch_attention."""
     (mean,) = launch_row_dots(grad_z, z)
-    grad_q = launch_query_blocks(q, k, v, grad_z, logsumexp, mean, scoring, blocks=query_blocks)
-    grad_k, grad_v, _ = launch_key_blocks(
-        q, k, v, grad_z, logsumexp, mean, scoring, grads=True, blocks=key_blocks
-    )
-    return grad_q, grad_k, grad_v
+    rows = (grad_z, logsumexp, mean, scoring)
+    grad_q = launch_query_gradients(q, k, v, *rows, blocks=query_blocks)
+    return grad_q, *launch_key_gradients(q, k, v, *rows, blocks=key_blocks)

@@ -1,13 +1,22 @@
 """Effects of patching each key alone, every row's softmax recomputed exactly (AtP* QK fix).
 
-    effect_j = sum_i (a' - a)/(1 - a) (g_i . v_j - D_i),   a = p_ij, a' = sigmoid(logit(a) + s'_ij - s_ij)
+    effect_j = sum_i w_ij (dP_ij - D_i),   dP_ij = g_i . v_j,  D_i = g_i . z_i
+    w = (a' - a)/(1 - a),  a = p_ij = exp(s_ij - logsumexp_i),  a' = sigmoid(logit(a) + s'_ij - s_ij)
 
-and where key j is row i's largest, a' - a = sigmoid(x') - sigmoid(x), x = s_ij - loo_logsumexp_i, with D_i the
-mean over the other keys, g_i . loo_z_i: there 1 - a would cancel. Tiles and sums are those of key_blocks.py.
+Where key t is its row's largest, 1 - a would cancel; that part is (a' - a) g_i . (v_t - loo_z_i) with
+a' - a = sigmoid(x') - sigmoid(x), x = s_it - loo_logsumexp_i, and needs no tiles. Inputs as in attention.py and
+attention_vjp.py; result (C, batch, keys, kv_heads) float32. Logits, w, dP and sums are float32 and never rounded;
+products take the inputs as they are. Four kernels:
 
-The kernel below computes a' - a for the one largest key of each row, which so costs O(queries head_dim) and not
-a second form in every tile. One program owns BLOCK_M queries of one head and gathers their top keys. q, k,
-k_corrupted any float dtype; products, logits and result float32. Bytes per query: 3 head_dim elements.
+  1. _top_vectors_kernel: u_i = (a' - a) (v_t - loo_z_i), (batch, heads, queries, v_dim) float32. One program owns
+     BLOCK_M queries of one head and gathers k, k_corrupted and v of their top keys; products and logits float32.
+     Bytes per query: 3 head_dim + v_dim elements and 2 v_dim float32.
+  2. row_dots.py: g_i . u_i for every cotangent, in the pass over grad_z that yields D.
+  3. _key_patch_effects_kernel: the sum over all other keys. One program owns BLOCK_N keys of one key/value head
+     for CHUNK cotangents, which share w, and loops over the query blocks in reach of every query head of the
+     group. Per tile: 2 products for w and 1 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
+  4. _top_effects_kernel: the parts of 2, summed by key. The owner of BLOCK_N keys multiplies the rows' one-hot
+     choice [BLOCK_N, BLOCK_M] with CHUNK cotangents: a product, in a fixed order, instead of atomics.
 """
 
 from __future__ import annotations
@@ -20,29 +29,46 @@ import triton.language as tl
 from torch import Tensor
 
 from atp_fast.kernels.attention import Outputs
-from atp_fast.kernels.key_blocks import launch_key_blocks
 from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
+    Sizes,
     candidates,
+    dot_precision,
+    never_negative_infinity,
+    padded,
     run,
     scoring_arguments,
     sizes_of,
     strides,
+    window_of,
 )
 from atp_fast.kernels.row_dots import launch_row_dots
-from atp_fast.kernels.tiles import load_rows, logits, sigmoid_difference
+from atp_fast.kernels.tiles import (
+    exp,
+    key_weights,
+    load_rows,
+    logit_change,
+    logits,
+    queries_in_reach,
+    sigmoid_difference,
+    store_rows,
+    visible,
+)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window"])
-def _top_weights_kernel(
+@triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
+def _key_patch_effects_kernel(
     q_ptr,
     k_ptr,
+    v_ptr,
     k_corrupted_ptr,
+    grad_ptr,
     mask_ptr,
+    logsumexp_ptr,
     top_key_ptr,
-    loo_logsumexp_ptr,
-    weight_ptr,
+    mean_ptr,
+    effect_ptr,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -51,12 +77,23 @@ def _top_weights_kernel(
     stride_kh,
     stride_kn,
     stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
     stride_xb,
     stride_xh,
     stride_xn,
     stride_xd,
+    stride_gc,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
     stride_mb,
     stride_mn,
+    batches,
+    cotangents,
     heads,
     kv_heads,
     queries,
@@ -69,6 +106,119 @@ def _top_weights_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    block = pid % blocks
+    batch_head = pid // blocks % (batches * kv_heads)
+    batch = batch_head // kv_heads
+    kv_head = batch_head % kv_heads
+    first = pid // blocks // (batches * kv_heads) * CHUNK
+    group = heads // kv_heads
+    start_n = (block * BLOCK_N).to(tl.int32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    shift = keys - queries
+
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+    k = load_rows(k_ptr, offs_n, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, offs_n, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
+    k_corrupted_ptr += batch * stride_xb + kv_head * stride_xh
+    k_corrupted = load_rows(k_corrupted_ptr, offs_n, keys, stride_xn, stride_xd, HEAD_DIM, BLOCK_D)
+
+    low, per_head = queries_in_reach(start_n, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+    effect = ()
+    for _ in tl.static_range(CHUNK):
+        effect = effect + (tl.zeros([BLOCK_N], tl.float32),)
+
+    for step in range(0, group * per_head):
+        head = kv_head * group + step // per_head
+        start_m = low + step % per_head * BLOCK_M
+        offs_m = start_m + rows
+        row = (batch * heads + head) * queries
+        q_base = q_ptr + batch * stride_qb + head * stride_qh
+        # [BLOCK_M, BLOCK_D]
+        q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+        # a row beyond the end has q, g, D and this 0: it adds 0
+        lse = tl.load(logsumexp_ptr + row + offs_m, mask=offs_m < queries, other=0.0)[None, :]
+        top = tl.load(top_key_ptr + row + offs_m, mask=offs_m < queries, other=-1)
+        seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
+        # [BLOCK_N, BLOCK_M]
+        raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        s = logits(raw, scale, softcap)
+        x = tl.where(seen, s - lse, float("-inf"))
+        p = exp(x)
+        raw_patched = tl.dot(k_corrupted, tl.trans(q), input_precision=PRECISION)
+        w = key_weights(p, x, logit_change(raw_patched, raw, scale, softcap))
+        w = tl.where(top[None, :] == offs_n[:, None], 0.0, w)
+
+        new_effect = ()
+        for c in tl.static_range(CHUNK):
+            present = tl.where(first + c < cotangents, queries, 0)
+            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            # [BLOCK_M, BLOCK_V]
+            g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
+            row_c = (first + c) * batches * heads * queries + row + offs_m
+            mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
+            centred = tl.dot(v, tl.trans(g), input_precision=PRECISION) - mean
+            total = tl.sum(w * centred, 1)
+            new_effect = new_effect + (effect[c] + total,)
+        effect = new_effect
+
+    # a masked key's sums are meaningless, even infinite: they are dropped here, once, not in every tile
+    real = offs_n < keys
+    if mask_ptr is not None:
+        masks = mask_ptr + batch * stride_mb + offs_n.to(tl.int64) * stride_mn
+        real = tl.load(masks, mask=real, other=0) != 0
+    for c in tl.static_range(CHUNK):
+        if first + c < cotangents:
+            column = ((first + c) * batches + batch) * keys + offs_n.to(tl.int64)
+            out = tl.where(real, effect[c], 0.0)
+            tl.store(effect_ptr + column * kv_heads + kv_head, out, mask=offs_n < keys)
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def _top_vectors_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_corrupted_ptr,
+    top_key_ptr,
+    loo_logsumexp_ptr,
+    loo_z_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_xd,
+    heads,
+    kv_heads,
+    queries,
+    keys,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -81,26 +231,90 @@ def _top_weights_kernel(
     kv_head = head // (heads // kv_heads)
     offs_m = ((pid % blocks) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
     inside = offs_m < queries
-    row = batch_head * queries + offs_m
+    row = batch_head * queries
 
-    top = tl.load(top_key_ptr + row, mask=inside, other=-1)
-    loo = tl.load(loo_logsumexp_ptr + row, mask=inside, other=0.0)
+    top = tl.load(top_key_ptr + row + offs_m, mask=inside, other=-1)
+    loo = tl.load(loo_logsumexp_ptr + row + offs_m, mask=inside, other=0.0)
     # a row without keys loads none
     at = tl.where(top < 0, keys, top)
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
     k_corrupted_ptr += batch * stride_xb + kv_head * stride_xh
-    # [BLOCK_M, BLOCK_D] each
+    # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D).to(tl.float32)
     k = load_rows(k_ptr, at, keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D).to(tl.float32)
     x = load_rows(k_corrupted_ptr, at, keys, stride_xn, stride_xd, HEAD_DIM, BLOCK_D).to(tl.float32)
-    s = logits(tl.sum(q * k, 1), scale, softcap)
-    change = logits(tl.sum(q * x, 1), scale, softcap) - s
-    weight = tl.where(top < 0, 0.0, sigmoid_difference(s - loo, change))
-    tl.store(weight_ptr + row, weight, mask=inside)
+    raw = tl.sum(q * k, 1)
+    change = logit_change(tl.sum(q * x, 1), raw, scale, softcap)
+    weight = sigmoid_difference(logits(raw, scale, softcap) - loo, change)
+    weight = tl.where(top < 0, 0.0, weight)
+    # [BLOCK_M, BLOCK_V]
+    v = load_rows(v_ptr, at, keys, stride_vn, stride_vd, V_DIM, BLOCK_V).to(tl.float32)
+    loo_z = load_rows(loo_z_ptr + row * V_DIM, offs_m, queries, V_DIM, 1, V_DIM, BLOCK_V)
+    u = weight[:, None] * (v - loo_z)
+    store_rows(out_ptr + row * V_DIM, offs_m, queries, u, V_DIM, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
+def _top_effects_kernel(
+    part_ptr,
+    top_key_ptr,
+    effect_ptr,
+    batches,
+    cotangents,
+    heads,
+    kv_heads,
+    queries,
+    keys,
+    window,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    batch_head = pid // blocks % (batches * kv_heads)
+    batch = batch_head // kv_heads
+    kv_head = batch_head % kv_heads
+    cs = pid // blocks // (batches * kv_heads) * CHUNK + tl.arange(0, CHUNK)
+    group = heads // kv_heads
+    start_n = ((pid % blocks) * BLOCK_N).to(tl.int32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    low, per_head = queries_in_reach(start_n, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+
+    effect = tl.zeros([BLOCK_N, CHUNK], tl.float32)
+    for step in range(0, group * per_head):
+        offs_m = low + step % per_head * BLOCK_M + rows
+        inside = offs_m < queries
+        row = (batch * heads + kv_head * group + step // per_head) * queries + offs_m
+        top = tl.load(top_key_ptr + row, mask=inside, other=-1)
+        # [CHUNK, BLOCK_M]
+        part_ptrs = part_ptr + cs[:, None] * (batches * heads * queries) + row[None, :]
+        part = tl.load(part_ptrs, mask=(cs < cotangents)[:, None] & inside[None, :], other=0.0)
+        # [BLOCK_N, BLOCK_M]
+        chosen = tl.where(top[None, :] == offs_n[:, None], 1.0, 0.0)
+        effect = tl.dot(chosen, tl.trans(part), effect, input_precision=PRECISION)
+
+    columns = (cs[None, :] * batches + batch) * keys + offs_n[:, None]
+    mask = (cs < cotangents)[None, :] & (offs_n < keys)[:, None]
+    tl.store(effect_ptr + columns * kv_heads + kv_head, effect, mask=mask)
 
 
 CONFIGS = {
+    (2, 64): (Blocks(32, 128, 8, 8, 2), Blocks(32, 128, 4, 8, 2)),
+    (2, 128): (Blocks(32, 128, 6, 8, 2), Blocks(32, 128, 4, 8, 2)),
+    (2, 256): (Blocks(32, 64, 2, 8, 1),),
+    (4, 64): (Blocks(32, 64, 2, 8, 1),),
+    (4, 128): (Blocks(32, 32, 1, 8, 1),),
+    (4, 256): (Blocks(16, 32, 1, 8, 1),),
+}
+VECTOR_CONFIGS = {
     (2, 64): (Blocks(32, 1, 1, 4, 1),),
     (2, 128): (Blocks(16, 1, 1, 4, 1),),
     (2, 256): (Blocks(8, 1, 1, 4, 1),),
@@ -108,46 +322,142 @@ CONFIGS = {
     (4, 128): (Blocks(16, 1, 1, 4, 1),),
     (4, 256): (Blocks(8, 1, 1, 4, 1),),
 }
+# the head size does not enter
+EFFECT_BLOCKS = Blocks(64, 128, 16, 4, 2)
 
 
-def launch_top_weights(
+def launch_top_vectors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     k_corrupted: Tensor,
-    top_key: Tensor,
-    loo_logsumexp: Tensor,
+    stats: Outputs,
     scoring: Scoring,
     *,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """a' - a of every row's largest key, (batch, heads, queries) float32; 0 for rows without keys."""
+    """u, (batch, heads, queries, v_dim) float32: its product with g is the row's part of its top key's effect."""
     sizes = sizes_of(q, k, v)
-    weight = torch.empty(top_key.shape, dtype=torch.float32, device=q.device)
-    if weight.numel() == 0:
-        return weight
+    out = torch.empty(stats.z.shape, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
+        "v_ptr": v,
         "k_corrupted_ptr": k_corrupted,
-        "top_key_ptr": top_key,
-        "loo_logsumexp_ptr": loo_logsumexp,
-        "weight_ptr": weight,
+        "top_key_ptr": stats.top_key,
+        "loo_logsumexp_ptr": stats.loo_logsumexp,
+        "loo_z_ptr": stats.loo_z,
+        "out_ptr": out,
         **strides("q", q, "bhmd"),
         **strides("k", k, "bhnd"),
+        **strides("v", v, "bhnd"),
         **strides("x", k_corrupted, "bhnd"),
-        **scoring_arguments(scoring, sizes),
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "queries": sizes.queries,
+        "keys": sizes.keys,
+        "scale": scoring.scale,
+        "softcap": scoring.softcap,
+        "HEAD_DIM": sizes.head_dim,
+        "V_DIM": sizes.v_dim,
+        "BLOCK_D": padded(sizes.head_dim),
+        "BLOCK_V": padded(sizes.v_dim),
     }
-    choices = (blocks,) if blocks else candidates(CONFIGS, q.dtype, sizes.head_dim)
+    choices = candidates(VECTOR_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.heads
     run(
-        _top_weights_kernel,
+        _top_vectors_kernel,
         lambda b: heads * triton.cdiv(sizes.queries, b.block_m),
         arguments,
-        choices,
+        (blocks,) if blocks else choices,
         q,
     )
-    return weight
+    return out
+
+
+def launch_top_effects(
+    part: Tensor, top_key: Tensor, sizes: Sizes, scoring: Scoring, *, blocks: Blocks | None = None
+) -> Tensor:
+    """The rows' parts, (C, batch, heads, queries) float32, summed by top key: (C, batch, keys, kv_heads)."""
+    cotangents = part.shape[0]
+    shape = (cotangents, sizes.batch, sizes.keys, sizes.kv_heads)
+    effect = torch.empty(shape, dtype=torch.float32, device=part.device)
+    if effect.numel() == 0:
+        return effect
+    arguments: dict[str, Any] = {
+        "part_ptr": part,
+        "top_key_ptr": top_key,
+        "effect_ptr": effect,
+        "batches": sizes.batch,
+        "cotangents": cotangents,
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "queries": sizes.queries,
+        "keys": sizes.keys,
+        "window": window_of(scoring, sizes),
+        "HEAD_DIM": sizes.head_dim,
+        "V_DIM": sizes.v_dim,
+        "CAUSAL": scoring.causal,
+        "PRECISION": dot_precision(torch.float32),
+    }
+    heads = sizes.batch * sizes.kv_heads
+
+    def programs(b: Blocks) -> int:
+        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+
+    run(_top_effects_kernel, programs, arguments, (blocks or EFFECT_BLOCKS,), part)
+    return effect
+
+
+def launch_other_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_corrupted: Tensor,
+    grad_z: Tensor,
+    stats: Outputs,
+    mean: Tensor,
+    scoring: Scoring,
+    *,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Effects without the parts of rows whose largest key is the patched one; mean is D."""
+    sizes = sizes_of(q, k, v)
+    cotangents = grad_z.shape[0]
+    shape = (cotangents, sizes.batch, sizes.keys, sizes.kv_heads)
+    effect = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if effect.numel() == 0:
+        return effect
+    arguments: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "k_corrupted_ptr": k_corrupted,
+        "grad_ptr": grad_z,
+        "logsumexp_ptr": never_negative_infinity(stats.logsumexp),
+        "top_key_ptr": stats.top_key.to(torch.int32),
+        "mean_ptr": mean,
+        "effect_ptr": effect,
+        "batches": sizes.batch,
+        "cotangents": cotangents,
+        **strides("q", q, "bhmd"),
+        **strides("k", k, "bhnd"),
+        **strides("v", v, "bhnd"),
+        **strides("x", k_corrupted, "bhnd"),
+        **strides("g", grad_z, "cbhmd"),
+        **scoring_arguments(scoring, sizes),
+        "PRECISION": dot_precision(q.dtype),
+    }
+    choices = candidates(CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    heads = sizes.batch * sizes.kv_heads
+
+    def programs(b: Blocks) -> int:
+        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+
+    run(_key_patch_effects_kernel, programs, arguments, (blocks,) if blocks else choices, q)
+    return effect
 
 
 def launch_key_patch_effects(
@@ -162,9 +472,7 @@ def launch_key_patch_effects(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Signed effects, (C, batch, keys, kv_heads) float32; stats from launch_attention of q, k, v."""
-    mean, loo_mean = launch_row_dots(grad_z, stats.z, stats.loo_z)
-    weight = launch_top_weights(q, k, v, k_corrupted, stats.top_key, stats.loo_logsumexp, scoring)
-    patch = (k_corrupted, stats.top_key, weight, loo_mean)
-    return launch_key_blocks(
-        q, k, v, grad_z, stats.logsumexp, mean, scoring, grads=False, patch=patch, blocks=blocks
-    )[2]
+    top_vectors = launch_top_vectors(q, k, v, k_corrupted, stats, scoring)
+    mean, top_part = launch_row_dots(grad_z, stats.z, top_vectors)
+    others = launch_other_effects(q, k, v, k_corrupted, grad_z, stats, mean, scoring, blocks=blocks)
+    return others + launch_top_effects(top_part, stats.top_key, sizes_of(q, k, v), scoring)

@@ -92,15 +92,25 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def never_negative_infinity(logsumexp: Tensor) -> Tensor:
+    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles."""
+    return logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
+
+
 def strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     """x's strides as kernel arguments: strides("q", q, "bhmd") names them stride_qb to stride_qd."""
     return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate(axes)}
 
 
+def window_of(scoring: Scoring, sizes: Sizes) -> int | None:
+    """The window, None where it reaches every key."""
+    window = scoring.window
+    return None if window is None or window >= sizes.keys else window
+
+
 def scoring_arguments(scoring: Scoring, sizes: Sizes) -> dict[str, Any]:
     """The arguments by which every tile kernel scores: what is absent is None and costs nothing."""
     mask = scoring.key_mask
-    window = scoring.window
     return {
         "mask_ptr": None if mask is None else mask.view(torch.uint8),
         "stride_mb": 0 if mask is None else mask.stride(0),
@@ -110,7 +120,7 @@ def scoring_arguments(scoring: Scoring, sizes: Sizes) -> dict[str, Any]:
         "queries": sizes.queries,
         "keys": sizes.keys,
         "scale": scoring.scale,
-        "window": None if window is None or window >= sizes.keys else window,
+        "window": window_of(scoring, sizes),
         "softcap": scoring.softcap,
         "HEAD_DIM": sizes.head_dim,
         "V_DIM": sizes.v_dim,

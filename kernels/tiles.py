@@ -27,6 +27,46 @@ def store_rows(base_ptr, offs_r, limit, x, DIM: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def queries_in_reach(
+    start_n,
+    queries,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """First query, rounded down to a block, and number of query blocks that may see the keys from start_n on."""
+    low = 0
+    high = queries
+    if CAUSAL:
+        low = tl.maximum(start_n - (keys - queries), 0) // BLOCK_M * BLOCK_M
+    if window is not None:
+        high = tl.minimum(start_n + BLOCK_N - 1 + window - (keys - queries), queries)
+    return low, tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+
+
+@triton.jit
+def keys_in_reach(
+    start_m,
+    queries,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """First key, rounded down to a block, and one past the last that the queries from start_m on may see."""
+    low = 0
+    high = keys
+    if window is not None:
+        low = tl.maximum(start_m + (keys - queries) - window + 1, 0) // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.minimum(start_m + BLOCK_M + (keys - queries), keys)
+    return low, high
+
+
+@triton.jit
 def visible(distance, window, CAUSAL: tl.constexpr):
     """Which keys lie in reach, given query position minus key position."""
     if window is not None:
@@ -54,6 +94,12 @@ def weigh(weights, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """exp by the hardware's power of two, two instructions; results below 2**-126 become 0."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def small_expm1(x):
     """exp(x) - 1 for |x| < 1/2, relative error below 2**-24 before rounding."""
     y = 1.0 / 40320.0
@@ -69,7 +115,7 @@ def small_expm1(x):
 @triton.jit
 def tanh(x):
     """tanh by its series below 1/4 and by exponentials above, so that neither cancels."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     y = x * x
     series = -1382.0 / 155925.0
@@ -83,7 +129,7 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
@@ -109,18 +155,27 @@ def sigmoid_difference(x, change):
     """sigmoid(x + change) - sigmoid(x) without cancellation, x up to infinity (reference.py has the forms)."""
     y = x + change
     size = tl.abs(change)
-    fall = tl.where(size < 0.5, -small_expm1(-tl.minimum(size, 0.5)), 1.0 - tl.exp(-size))
+    fall = tl.where(size < 0.5, -small_expm1(-tl.minimum(size, 0.5)), 1.0 - exp(-size))
     return tl.where(change > 0, sigmoid(y) * sigmoid(-x) * fall, -sigmoid(x) * sigmoid(-y) * fall)
 
 
 @triton.jit
-def key_weights(p, s, s_patched, lse):
-    """(a' - a)/(1 - a) for keys that are not their row's largest, a = p = exp(s - lse) <= 1/2.
+def logit_change(raw_patched, raw, scale, softcap):
+    """The patched logits minus the clean ones: exactly 0 where the products agree, fused multiply or not."""
+    if softcap is not None:
+        change = softcap * (tanh(raw_patched * scale / softcap) - tanh(raw * scale / softcap))
+    else:
+        change = (raw_patched - raw) * scale
+    return change
 
-    With E = exp(s' - lse) it is (E - a)/(1 - a + E); E - a = a expm1(s' - s) where the two are close. Above
-    exp(80) the ratio is 1 in float32, so E is held there.
+
+@triton.jit
+def key_weights(p, x, change):
+    """(a' - a)/(1 - a) for keys that are not their row's largest, a = p = exp(x) <= 1/2, x = s - logsumexp.
+
+    change is s' - s. With E = exp(x + change) it is (E - a)/(1 - a + E); E - a = a expm1(change) where the two are
+    close. Above exp(80) the ratio is 1 in float32, so E is held there. x = -inf, an unseen key, gives 0.
     """
-    change = s_patched - s
-    e = tl.exp(tl.minimum(s_patched - lse, 80.0))
+    e = exp(tl.minimum(x + change, 80.0))
     rise = tl.where(tl.abs(change) < 0.5, p * small_expm1(change), e - p)
     return rise / (1.0 - p + e)
