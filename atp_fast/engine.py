@@ -160,7 +160,8 @@ class Engine:
         """Exact effect of patching all nodes of a subset at once, for each subset.
 
         pair_index: (subsets,), measure subset s on pair pair_index[s] only; on every pair when None.
-        Returns effect (pairs, subsets), signed; `valid` is False where a subset was not measured.
+        Returns effect (pairs, subsets), signed, 0 for an empty subset; `valid` is False where a subset was not measured or
+        the pair has no token at one of its positions.
         """
         return self._patched(pairs, None, subsets, pair_index, metric, direction, progress)
 
@@ -205,12 +206,11 @@ class Engine:
         """The pairs' two runs, kept for many calls of `Patching.effects` (inside `self.plug.plugged()`)."""
         directed = _directed(pairs, direction)
         self.check_pairs(pairs)
-        self.plug.space(1, check_kinds(kinds))
+        kinds = check_kinds(kinds) if kinds else ()  # empty subsets alone have none
+        self.plug.space(1, kinds)
         budget = budget_for(self.plug, self._asked_budget)
         with self.plug.plugged(), fast_products(self.plug.device):
-            return Patching(
-                self.plug, directed, resolve(metric, directed), check_kinds(kinds), budget
-            )
+            return Patching(self.plug, directed, resolve(metric, directed), kinds, budget)
 
     def _patched(
         self,
@@ -227,6 +227,9 @@ class Engine:
         sets = [list(subset) for subset in subsets] if subsets is not None else None
         members = nodes if nodes is not None else [node for subset in sets or [] for node in subset]
         distinct = members if sets is None else list(dict.fromkeys(members))
+        columns = len(distinct) if sets is None else len(sets)
+        if columns == 0:
+            raise ValueError(f"{'nodes' if sets is None else 'subsets'} must not be empty, got []")
         kinds = _kinds_of(distinct)
         space = self.plug.space(pairs.clean_ids.shape[1], kinds)
         for node in distinct:
@@ -239,7 +242,6 @@ class Engine:
             _check_pair_index(pair_index, len(sets or []), len(pairs))
         began = time.perf_counter()
         patching = self.patching(pairs, kinds, metric, direction)
-        columns = len(distinct) if sets is None else len(sets)
         rows = columns * (len(pairs) if pair_index is None else 1)
         fast, bar = fast_products(self.plug.device), _bar(progress, rows, "patched runs")
         with self.plug.plugged(), fast, bar:
@@ -328,13 +330,17 @@ def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:
     for node in nodes:
         if not isinstance(node, Node):
             raise TypeError(f"nodes must be Node(kind, layer, position, index), got {node!r}")
-    return check_kinds({node.kind for node in nodes})
+    return check_kinds({node.kind for node in nodes}) if nodes else ()
 
 
 def _check_pair_index(pair_index: Tensor, subsets: int, pairs: int) -> None:
+    if not isinstance(pair_index, Tensor):
+        raise TypeError(f"pair_index must be a Tensor, got {type(pair_index).__name__}")
+    if pair_index.is_floating_point() or pair_index.dtype == torch.bool:
+        raise ValueError(f"pair_index must hold integers, got {pair_index.dtype}")
     if tuple(pair_index.shape) != (subsets,):
         raise ValueError(f"pair_index must have shape ({subsets},), got {tuple(pair_index.shape)}")
-    if subsets and not 0 <= int(pair_index.min()) <= int(pair_index.max()) < pairs:
+    if not 0 <= int(pair_index.min()) <= int(pair_index.max()) < pairs:
         raise ValueError(f"pair_index must be in [0, {pairs}), got {pair_index.tolist()[:8]}")
 
 

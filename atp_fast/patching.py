@@ -109,9 +109,10 @@ class Patching:
         effect = torch.zeros((len(self.pairs), count), dtype=self.clean_value.dtype)
         measured = torch.zeros(effect.shape, dtype=torch.bool)
         for rows, session in zip(self.batches, self.sessions, strict=True):
+            present = _all_present(self.pairs[rows], table, subset, node, count)
             if pair_index is None:
                 effect[rows] = session.effects(table, subset, node, count, advance=advance)
-                measured[rows] = _all_present(self.pairs[rows], table, subset, node, count)
+                measured[rows] = present
                 continue
             place = torch.full((len(self.pairs),), -1)
             place[rows] = torch.arange(len(rows))
@@ -123,7 +124,7 @@ class Patching:
             effect[where, mine] = session.effects(
                 table, renumber[subset[member]], node[member], len(mine), place[where], advance
             )
-            measured[where, mine] = True
+            measured[where, mine] = present[place[where], mine]
         return effect, measured
 
 

@@ -1,0 +1,220 @@
+"""Exact patching taken literally: whole forward passes of the plain model, its nodes overwritten by hooks.
+
+Shares nothing with hf.py and patching.py. Every pair is run alone and without padding, a family's modules are named
+in a table, and attention is written out in the dtype of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from atp_fast.metrics import Metric
+from atp_fast.nodes import COARSE_KINDS, Node
+from atp_fast.pairs import PromptPairs
+
+_LLAMA = ("self_attn", "mlp", "mlp.down_proj")
+_NORMED = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj")
+# modules of a layer: what attention and MLP add to the residual stream, and the down projection
+PARTS: dict[str, tuple[str, str, str]] = {
+    "gpt2": ("attn", "mlp", "mlp.c_proj"),
+    "gpt_neox": ("attention", "mlp", "mlp.dense_4h_to_h"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _NORMED,
+    "gemma3_text": _NORMED,
+    "phi": ("self_attn", "mlp", "mlp.fc2"),
+    "opt": ("self_attn", "fc2", "fc2"),
+    "olmo2": _NORMED,
+    "gpt_oss": ("self_attn", "mlp", ""),
+    "mixtral": ("self_attn", "mlp", ""),
+}
+
+Change = Callable[[str, int, Tensor], Tensor]
+Key = tuple[str, int]
+
+
+def naive_effects(
+    model: PreTrainedModel, pairs: PromptPairs, subsets: Sequence[Sequence[Node]], metric: Metric
+) -> tuple[Tensor, Tensor]:
+    """Signed effects (pairs, subsets) of patching each subset, and the metric of the clean runs (pairs,).
+
+    Nodes in padding change nothing, and the logits of padding are zero.
+    """
+    clean, source, patched = [], [], []
+    with _Hooked(model).running() as run:
+        for row in range(len(pairs)):
+            real = pairs.attention_mask[row]
+            corrupted: dict[Key, Tensor] = {}
+            ids = pairs.corrupted_ids[row, real][None]
+            source.append(run(ids, lambda kind, layer, x, to=corrupted: _note(to, kind, layer, x)))
+            ids = pairs.clean_ids[row, real][None]
+            clean.append(run(ids, lambda kind, layer, x: x))
+            change = _patch(subsets, int(pairs.starts[row]), ids.shape[1], corrupted)
+            patched.append(run(ids.expand(len(subsets), -1), change))
+
+    def logits(parts: Sequence[Tensor], i: int) -> Tensor:
+        """Logits of run i of every pair where the metric looks, in the pairs' own columns."""
+        if metric.positions == "last":
+            return torch.stack([part[i, -1:] for part in parts])
+        whole = parts[0].new_zeros((*pairs.clean_ids.shape, parts[0].shape[-1]))
+        whole[pairs.attention_mask] = torch.cat([part[i] for part in parts])
+        return whole
+
+    given = logits(source, 0) if metric.needs_source_logits else None
+    clean_value = metric(logits(clean, 0), pairs, given)
+    values = [metric(logits(patched, i), pairs, given) for i in range(len(subsets))]
+    return torch.stack(values, 1) - clean_value[:, None], clean_value
+
+
+def _note(to: dict[Key, Tensor], kind: str, layer: int, x: Tensor) -> Tensor:
+    to[kind, layer] = x
+    return x
+
+
+def _patch(
+    subsets: Sequence[Sequence[Node]], start: int, length: int, corrupted: dict[Key, Tensor]
+) -> Change:
+    """A change that gives row i of a batch the corrupted values of subset i."""
+    at: dict[Key, list[tuple[int, Any]]] = {}
+    for row, subset in enumerate(subsets):
+        for kind, layer, column, index in subset:
+            position = column - start
+            if not 0 <= position < length:
+                continue
+            place: Any = (index, position)
+            if kind in COARSE_KINDS:
+                place = position
+            elif kind == "neuron":
+                place = (position, index)
+            at.setdefault((kind, layer), []).append((row, place))
+
+    def change(kind: str, layer: int, x: Tensor) -> Tensor:
+        x = x.clone()
+        for row, place in at.get((kind, layer), ()):
+            x[row][place] = corrupted[kind, layer][0][place]
+        return x
+
+    return change
+
+
+class _Hooked:
+    """A plain model in which every node's value passes through the function `change`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        config = model.config.get_text_config()
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        self.layers = next(list(m) for m in lists if len(m) == config.num_hidden_layers)
+        self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
+        self.parts = PARTS[config.model_type]
+        self.rows = 0
+        self.change: Change = lambda kind, layer, x: x
+
+    @contextmanager
+    def running(self) -> Iterator[Callable[[Tensor, Change], Tensor]]:
+        """A function (ids, change) -> logits, both over (rows, positions)."""
+        ALL_ATTENTION_FUNCTIONS.register("naive_patching", _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("naive_patching", eager_mask)
+        before, token = self.model.config._attn_implementation, _hooked.set(self)
+        try:
+            self.model.set_attn_implementation("naive_patching")
+            with ExitStack() as hooks:
+                for handle in self._hooks():
+                    hooks.callback(handle.remove)
+                yield self._run
+        finally:
+            _hooked.reset(token)
+            self.model.set_attn_implementation(before)
+
+    def _run(self, ids: Tensor, change: Change) -> Tensor:
+        self.rows, self.change = len(ids), change
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _hooks(self) -> Iterator[Any]:
+        attention, mlp, down = self.parts
+        for number, layer in enumerate(self.layers):
+            hook = self._input_hook("resid_pre", number)
+            yield layer.register_forward_pre_hook(hook, with_kwargs=True)
+            for kind, name in (("attn_out", attention), ("mlp_out", mlp)):
+                module = layer.get_submodule(name)
+                yield module.register_forward_hook(self._output_hook(kind, number))
+            if down:
+                hook = self._input_hook("neuron", number)
+                yield layer.get_submodule(down).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _input_hook(self, kind: str, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self._changed(kind, layer, args[0]), *args[1:]), kwargs
+            given = kwargs["hidden_states"]
+            return args, {**kwargs, "hidden_states": self._changed(kind, layer, given)}
+
+        return hook
+
+    def _output_hook(self, kind: str, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, tuple):
+                return self._changed(kind, layer, output[0]), *output[1:]
+            return self._changed(kind, layer, output)
+
+        return hook
+
+    def _changed(self, kind: str, layer: int, x: Tensor) -> Tensor:
+        """Some MLPs run on (rows * positions, width)."""
+        return self.change(kind, layer, x.reshape(self.rows, -1, x.shape[-1])).reshape(x.shape)
+
+    def attention(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        layer = self.number[module]
+        q, k, v = (self.change(kind, layer, x) for kind, x in (("q", q), ("k", k), ("v", v)))
+        group = q.shape[1] // k.shape[1]
+        scores = scale * q @ k.repeat_interleave(group, 1).mT
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores + mask
+        if sinks is not None:
+            sink = sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sink], -1)
+        z = scores.softmax(-1)[..., : k.shape[2]] @ v.repeat_interleave(group, 1)
+        return self.change("z", layer, z)
+
+
+_hooked: ContextVar[_Hooked] = ContextVar("naive_patching")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    z = _hooked.get().attention(module, query, key, value, attention_mask, scale, softcap, s_aux)
+    return z.transpose(1, 2).contiguous(), None
