@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.memory import Budget, patched_rows
 from atp_fast.metrics import Metric
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
 from atp_fast.pairs import PromptPairs
 from atp_fast.runs import (
     PairRuns,
-    check_finite,
     filled,
     metric_logits,
     metric_values,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
 from atp_fast.pairs import PromptPairs
 from atp_fast.tape import LayerTape, Values, keeper
@@ -57,13 +57,6 @@ def filled(pairs: PromptPairs, ids: Tensor) -> Tensor:
     """Right-padded ids with each row's last token in its padding: no real position sees it, no warning is due."""
     last = ids.gather(1, pairs.last[:, None])
     return torch.where(pairs.attention_mask, ids, last)
-
-
-def check_finite(x: Tensor, where: str) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            f"model gives activations that are not finite (NaN or infinity) in {where}"
-        )
 
 
 def run_pairs(

@@ -141,14 +141,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     assert_as_good_as_the_literal(family, dtype, kinds)
 
 
-BFLOAT16 = pytest.param(
-    torch.bfloat16,
-    id="torch.bfloat16",
-    marks=pytest.mark.xfail(strict=True, reason="writes are mistaken for one another in bfloat16"),
-)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "phi", "opt"])
 def test_writes_in_half_precision(family: str, dtype: torch.dtype) -> None:
     assert_as_good_as_the_literal(family, dtype, ["attn_out", "mlp_out"])

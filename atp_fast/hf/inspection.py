@@ -1,0 +1,197 @@
+"""What a model is made of: whether it can be served, and which modules' inputs and outputs are nodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from atp_fast.hf.attention import LayerRun, running
+
+_MIXTURE_NAMES = ("expert", "moe", "router")
+
+
+@dataclass
+class Layer:
+    """One decoder layer and the modules whose inputs or outputs are nodes."""
+
+    module: nn.Module
+    as_tuple: bool = False
+    down: nn.Module | None = None  # its input is the neurons
+    attn_write: nn.Module | None = None
+    mlp_write: nn.Module | None = None
+
+
+@dataclass
+class Inspection:
+    """Whether atp_fast serves a model, and its shape; `refused` says per node kind why it cannot be had."""
+
+    served: bool
+    reason: str | None = None
+    model: str = ""
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    v_dim: int = 0
+    hidden: int = 0
+    neurons: int = 0
+    tape_bytes: int = 0  # what autograd keeps of one layer, per position
+    context: int | None = None
+    windows: tuple[int | None, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Call(NamedTuple):
+    """A submodule's call inside a layer: its first input and first output."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The hidden states a layer returns, alone or first of a tuple."""
+    hidden = out[0] if isinstance(out, tuple) else out
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def trace(
+    layer: Layer, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: LayerRun
+) -> tuple[Tensor, list[Call]]:
+    """Run a layer under autograd; its output, and its submodules' calls in the order they finish.
+
+    Raises NotImplementedError naming the submodule through which no gradient flows (quantised weights, say).
+    """
+    names = {module: name for name, module in layer.module.named_modules()}
+    calls: list[Call] = []
+
+    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        result = output[0] if isinstance(output, tuple) else output
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return
+        tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
+        if any(t.requires_grad for t in tensors) and not result.requires_grad:
+            raise NotImplementedError(
+                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?)"
+            )
+        if tensors:
+            calls.append(Call(module, tensors[0].detach(), result.detach()))
+
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        for module in names:
+            if module is not layer.module:
+                hook = module.register_forward_hook(note, with_kwargs=True)
+                hooks.callback(hook.remove)
+        token = running.set(run)
+        try:
+            out = layer.module(x, *args, **kwargs)
+        finally:
+            running.reset(token)
+    layer.as_tuple = isinstance(out, tuple)
+    return first_tensor(out), calls
+
+
+def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, hidden: int) -> int:
+    """Note the module whose input is the layer's neurons, and return how many there are.
+
+    It is the last linear map outside attention that ends in the residual stream's width. Raises
+    NotImplementedError for a mixture of experts, whose neurons are not one per index, and where there is no such map.
+    """
+    mixture = [m for m in layer.module.modules() if _is_mixture(m)]
+    if mixture:
+        raise NotImplementedError(f"is a mixture of experts ({type(mixture[0]).__name__})")
+    inside = set(attention.modules())
+    linear = [
+        call
+        for call in calls
+        if call.module not in inside and _is_linear(call.module) and call.output.shape[-1] == hidden
+    ]
+    if not linear:
+        raise NotImplementedError("has no down projection")
+    layer.down = linear[-1].module
+    return linear[-1].input.shape[-1]
+
+
+def find_writes(
+    layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor, scale: float
+) -> None:
+    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output.
+
+    Of all pairs of the layer's own parts the one that adds up best is taken; in order, so that a dropout after a
+    write, which changes nothing, is not taken for it. Raises NotImplementedError where none adds up to rounding.
+    """
+    parts = set(layer.module.children()) | {attention}
+    writes = [
+        (call.module, scale * call.output.reshape(x.shape))
+        for call in calls
+        if call.module in parts and call.output.numel() == x.numel()
+    ]
+    best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
+    for i, (first, a) in enumerate(writes):
+        for second, b in writes[i + 1 :]:
+            error = float((x.double() + a.double() + b.double() - out.double()).abs().max())
+            if error < best:
+                best = error
+                layer.attn_write, layer.mlp_write = first, second
+    if layer.attn_write is None:
+        raise NotImplementedError("does not add an attention write and an MLP write to its input")
+
+
+def check_model(model: nn.Module) -> PreTrainedModel:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {name}")
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{name} is not served: it is an encoder-decoder, not a decoder-only model"
+        )
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise NotImplementedError(
+            f"{name} is not served: it is no causal language model (an encoder, or a model without its head)"
+        )
+    if getattr(config, "num_attention_heads", None) is None and not hasattr(config, "text_config"):
+        raise NotImplementedError(
+            f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
+        )
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError(
+            f"{name} is not served: it computes its own softmax, not through transformers' attention interface"
+        )
+    check_eval(model)
+    return model
+
+
+def check_eval(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "model must be in evaluation mode (dropout would make every effect noise): call model.eval()"
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, (nn.Linear, Conv1D)) or (
+        isinstance(weight, Tensor) and weight.ndim == 2
+    )
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    named = any(part in type(module).__name__.lower() for part in _MIXTURE_NAMES)
+    return named and any(True for _ in module.parameters())
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            f"model gives activations that are not finite (NaN or infinity) in {where}"
+        )
