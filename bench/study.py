@@ -39,7 +39,7 @@ FULL = (
     Part("ioi", 12, ("attention",), Plan(limit=5000)),
     Part("random", None, ("attention",), Plan(limit=1200)),
 )
-_QUICK = Plan(seeds=2, top=300, limit=500, forwards=400, probability=0.03)
+_QUICK = Plan(seeds=2, top=300, limit=500, forwards=700, probability=0.03)
 QUICK = (
     Part("city", None, ("attention",), _QUICK),
     Part("ioi_pair", None, ("attention",), _QUICK),

@@ -77,6 +77,7 @@ def test_a_stopped_walk_gives_lower_bounds():
     )
     assert found.censored
     assert found.cost.tolist() == [1, 2, 3, 3, 3]
+    assert found.missed.tolist() == [False, False, False, True, True]
 
 
 def test_memo_measures_each_subset_once_and_charges_always():
@@ -221,8 +222,12 @@ def test_a_limit_leaves_settings_out_and_marks_what_was_stopped(tmp_path):
     plan = Plan(seeds=1, top=40, verified=20, forwards=300, probability=0.1, limit=30, lookahead=1)
     study = run_study([FakeCase()], tmp_path, plan)
     assert not [r for r in study.settings if r["setting"] in ("B=2", "B=3 levels=1")]
-    stopped = {row["method"] for row in study.settings if row["censored"]}
+    stopped = {row["method"] for row in study.settings if row["censored_from"] != ""}
     assert stopped == {"hierarchical"}
+    # Costs from there on are lower bounds, and no curve shows them.
+    (row,) = (row for row in study.results if row["method"] == "hierarchical")
+    curve = [c for c in study.curves if c["method"] == "hierarchical" and c["recall"] == 1.0]
+    assert [c["lower_bound"] for c in curve] == [c["k"] >= row["censored_from"] for c in curve]
     path = write_study(study, tmp_path)[4]
     assert "| hierarchical | B=3 levels" in path.read_text()
     assert "≥ " in path.read_text()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atp_fast.baselines.rankings import Ranking, walk
 from atp_fast.baselines.subsets import Floats, Ids, Patcher
@@ -19,12 +20,16 @@ def true_order(contribution: Floats) -> Ids:
 class Found(NamedTuple):
     """When a ranking verified each of the truly largest nodes.
 
-    cost: (top,), forward-pass equivalents until the i-th largest node was verified; censored: the walk was stopped
-    early, and the costs of nodes that were not found by then are lower bounds.
+    cost: (top,), forward-pass equivalents until the i-th largest node was verified; missed: (top,) bool, True where the
+    walk was stopped before that, and the cost is a lower bound.
     """
 
     cost: Floats
-    censored: bool = False
+    missed: NDArray[np.bool_]
+
+    @property
+    def censored(self) -> bool:
+        return bool(self.missed.any())
 
 
 def find_top(
@@ -51,10 +56,9 @@ def find_top(
         if place[node] >= 0:
             cost[place[node]] = spent
             missing -= 1
-        if not missing:
-            return Found(cost)
-        if stop is not None and stop():
-            return Found(np.where(np.isnan(cost), spent, cost), censored=True)
+        if not missing or (stop is not None and stop()):
+            missed = np.isnan(cost)
+            return Found(np.where(missed, spent, cost), missed)
     raise ValueError(f"{ranking.name} must name every node, it left out {missing} of the top {top}")
 
 

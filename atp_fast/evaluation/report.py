@@ -18,7 +18,8 @@ CONVENTION = (
     "(L+1)/2 backwards in place of 1, L being the number of layers, since all dropped gradients share one sweep. The "
     "clean and the corrupted forward that exact patching itself needs are counted for no method; AtP pays for its own "
     "two. cost(K) is the cost until all K nodes of largest contribution are verified (or 90 % of them). IRWRGM is the "
-    "geometric mean over K, weighted by 1/K, of cost(K) over the oracle's; 1 is the oracle."
+    "geometric mean over K, weighted by 1/K, of cost(K) over the oracle's; 1 is the oracle. Over seeds all numbers are "
+    "geometric means. A number after ≥ is a lower bound: a run was stopped at its limit."
 )
 COLOURS = {
     "oracle": "#000000",
@@ -33,9 +34,12 @@ COLOURS = {
 }
 
 
-def write_study(study: Study, folder: str | Path, title: str = "Method study") -> list[Path]:
+def write_study(
+    study: Study, folder: str | Path, title: str = "Method study", about: str = ""
+) -> list[Path]:
     """Write results.csv, settings.csv, curves.csv, bounds.csv, curves.html, curves.png and summary.md.
 
+    about: what else the summary says at its top, such as the machine.
     Returns their paths. Raises ImportError, after the tables are written, when plotly or matplotlib is missing.
     """
     folder = Path(folder)
@@ -52,7 +56,7 @@ def write_study(study: Study, folder: str | Path, title: str = "Method study") -
         write_csv(rows, paths[-1])
     paths.append(folder / "summary.md")
     with written_whole(paths[-1]) as temporary:
-        temporary.write_text(summary(study, title), encoding="utf-8")
+        temporary.write_text(summary(study, title, about), encoding="utf-8")
     paths.append(folder / "curves.html")
     with written_whole(paths[-1]) as temporary:
         curves_figure(study, title).write_html(temporary, include_plotlyjs=True)
@@ -100,9 +104,14 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def summary(study: Study, title: str) -> str:
+def _cost(row: Mapping[str, Any], k: int) -> str:
+    bound = row["censored_from"] != "" and k >= row["censored_from"]
+    return ("≥ " if bound else "") + _number(row[f"cost_{k}"])
+
+
+def summary(study: Study, title: str, about: str = "") -> str:
     """Per case a table of methods, best first, and the bounds; what the numbers mean above them."""
-    parts = [f"# {title}", CONVENTION]
+    parts = [f"# {title}", *([about] if about else []), CONVENTION]
     for case in cases(study.results):
         rows = of_case(study.results, case)
         first = rows[0]
@@ -117,7 +126,7 @@ def summary(study: Study, title: str) -> str:
         header += [f"cost({k})" for k in marks] + ["cost of the ranking", "its seconds"]
         table = []
         for row in sorted(rows, key=lambda row: (row["method"] != "oracle", row["irwrgm"])):
-            least = "≥ " if row["censored"] else ""
+            least = "≥ " if row["censored_from"] != "" else ""
             table.append(
                 [
                     row["method"],
@@ -125,7 +134,7 @@ def summary(study: Study, title: str) -> str:
                     f"{least}{row['irwrgm']:.3g}",
                     f"{row['irwrgm_lowest']:.3g} to {row['irwrgm_highest']:.3g}",
                     f"{least}{row['irwrgm_90']:.3g}",
-                    *(_number(row[f"cost_{k}"]) for k in marks),
+                    *(_cost(row, k) for k in marks),
                     _number(row["ranking_forwards"]),
                     _number(row["ranking_seconds"]),
                 ]
@@ -227,8 +236,9 @@ def draw_png(study: Study, path: str | Path, title: str) -> None:
         ax.set_xlabel("K")
         ax.set_ylabel("cost until the top K are verified")
         ax.grid(alpha=0.3)
-    if found:
-        axes.flat[0].legend(fontsize=8)
+    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+    if lines:
+        picture.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5)
     picture.suptitle(title)
     picture.savefig(path, format="png", dpi=110)
 
@@ -240,8 +250,8 @@ def _colour(method: str) -> str:
 def _lines(
     study: Study, case: tuple[str, str]
 ) -> Iterable[tuple[str, float, list[int], list[float]]]:
-    """Method, recall, K and cost of every curve of a case."""
-    rows = of_case(study.curves, case)
+    """Method, recall, K and cost of every curve of a case, as far as the costs are known."""
+    rows = [row for row in of_case(study.curves, case) if not row["lower_bound"]]
     for method, recall in dict.fromkeys((row["method"], row["recall"]) for row in rows):
         points = [row for row in rows if (row["method"], row["recall"]) == (method, recall)]
         yield method, recall, [row["k"] for row in points], [row["cost"] for row in points]

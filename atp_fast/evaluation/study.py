@@ -108,6 +108,13 @@ class Study:
     curves: list[dict[str, Any]] = field(default_factory=list)
     bounds: list[dict[str, Any]] = field(default_factory=list)
 
+    def extend(self, other: Study) -> None:
+        """Add another study's rows, such as those of cases with another plan."""
+        self.results += other.results
+        self.settings += other.settings
+        self.curves += other.curves
+        self.bounds += other.bounds
+
 
 def run_study(
     cases: Iterable[Case],
@@ -197,7 +204,8 @@ class _Run:
         rows = [self._row(*run) for run in runs]
         best: dict[str, tuple[dict[str, Any], list[Found]]] = {}
         for row, (_, founds, _) in zip(rows, runs, strict=True):
-            if row["method"] not in best or row["irwrgm"] < best[row["method"]][0]["irwrgm"]:
+            known = best.get(row["method"])
+            if known is None or _merit(row) < _merit(known[0]):
                 best[row["method"]] = (row, founds)
         study.settings += rows
         for row, founds in best.values():
@@ -236,7 +244,7 @@ class _Run:
                     founds = [self._find(ranking, memo, seed) for ranking in rankings]
                     return {
                         "cost": np.stack([found.cost for found in founds]),
-                        "censored": np.array([found.censored for found in founds]),
+                        "missed": np.stack([found.missed for found in founds]),
                         "measured": np.array(memo.measured),
                         "seconds": np.array(time.perf_counter() - began),
                     }
@@ -252,10 +260,7 @@ class _Run:
             measured = sum(float(piece["measured"]) for piece in pieces)
             seconds = sum(float(piece["seconds"]) for piece in pieces)
             for number, ranking in enumerate(rankings):
-                founds = [
-                    Found(piece["cost"][number], bool(piece["censored"][number]))
-                    for piece in pieces
-                ]
+                founds = [Found(piece["cost"][number], piece["missed"][number]) for piece in pieces]
                 yield ranking, founds, (measured, seconds)
 
     def _find(self, ranking: Ranking, memo: Memo, seed: int) -> Found:
@@ -293,7 +298,9 @@ class _Run:
             for k in MARKS:
                 row[f"cost{suffix}_{k}"] = float(mean[k - 1]) if k <= self.top else ""
         row["top"] = self.top
-        row["censored"] = sum(found.censored for found in founds)
+        # From this K on costs are lower bounds, as some run was stopped; empty if none was.
+        missed = np.flatnonzero(np.any([found.missed for found in founds], axis=0))
+        row["censored_from"] = int(missed[0]) + 1 if len(missed) else ""
         # A baseline's forwards and seconds cover all its settings and seeds: they share what they measure.
         row["ranking_forwards"], row["ranking_seconds"] = spent if given else ("", "")
         row["study_forwards"], row["study_seconds"] = ("", "") if given else spent
@@ -313,6 +320,7 @@ class _Run:
                     "k": int(k),
                     "cost": float(cost[k - 1]),
                     "oracle": float(oracle[k - 1]),
+                    "lower_bound": row["censored_from"] != "" and k >= row["censored_from"],
                 }
 
     def _bounds(self) -> Iterator[dict[str, Any]]:
@@ -364,6 +372,11 @@ class _Run:
                     "probability": plan.probability,
                     "seconds": float(piece["seconds"]),
                 }
+
+
+def _merit(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Sorts settings: runs that were stopped come last, for their IRWRGM is only a lower bound."""
+    return row["censored_from"] != "", row["irwrgm"]
 
 
 def geometric_mean(x: Floats) -> Any:
