@@ -219,9 +219,9 @@ def test_pieces_of_something_else_are_not_taken(tmp_path):
 
 
 def test_a_limit_leaves_settings_out_and_marks_what_was_stopped(tmp_path):
-    plan = Plan(seeds=1, top=40, verified=20, forwards=300, probability=0.1, limit=30, lookahead=1)
+    plan = Plan(seeds=1, top=40, verified=20, forwards=300, probability=0.1, limit=10, lookahead=1)
     study = run_study([FakeCase()], tmp_path, plan)
-    assert not [r for r in study.settings if r["setting"] in ("B=2", "B=3 levels=1")]
+    assert not [r for r in study.settings if r["setting"] in ("B=2", "B=6", "B=3 levels=2")]
     stopped = {row["method"] for row in study.settings if row["censored_from"] != ""}
     assert stopped == {"hierarchical"}
     # Costs from there on are lower bounds, and no curve shows them.
