@@ -142,16 +142,16 @@ def sweep(
     columns = columns.clamp(max=scores.space.positions - 1)
     for number in reversed(range(len(plug.layers))):
         if bool(live.any()):
-            chunk = min(chunk or len(cotangents), len(cotangents))
             while True:
                 try:
                     layer = _Layer(plug, runs, number, method, scores.space.kinds, precision)
                     below = layer.sweep(cotangents, chunk)
                     break
                 except torch.OutOfMemoryError:
-                    if chunk == 1:
+                    taken = min(chunk or len(cotangents), len(cotangents))
+                    if taken == 1:
                         raise
-                    chunk = (chunk + 1) // 2
+                    chunk = (taken + 1) // 2
                     warnings.warn(
                         f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
                         stacklevel=2,
