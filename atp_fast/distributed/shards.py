@@ -100,7 +100,7 @@ def cut(pairs: PromptPairs, shard_size: int) -> list[Tensor]:
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     order = torch.argsort(pairs.split.cpu(), descending=True, stable=True)
-    return list(torch.split(order, shard_size))
+    return [rows.sort().values for rows in torch.split(order, shard_size)]
 
 
 class Shards:
