@@ -277,6 +277,7 @@ class FakeEngine:
         self.asked = []
         self.plugs = 0
         self.plug = self
+        self.device = torch.device("cpu")
 
     @contextmanager
     def plugged(self):

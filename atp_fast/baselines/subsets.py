@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from atp_fast.nodes import Node, NodeSpace
+from atp_fast.products import fast_products
 
 if TYPE_CHECKING:
     from atp_fast.engine import Direction, Engine, MetricLike
@@ -73,7 +74,7 @@ class EnginePatcher:
         self.nodes = list(nodes)
         self.pairs = len(pairs)
         self.cost = 0.0
-        self._plugged = engine.plug.plugged
+        self._plug = engine.plug
         kinds = tuple(dict.fromkeys(node.kind for node in self.nodes))
         self._patching = engine.patching(pairs, kinds, metric, direction)
 
@@ -83,7 +84,7 @@ class EnginePatcher:
         used = sorted({i for subset in lists for i in subset})
         number = {i: row for row, i in enumerate(used)}
         index = None if pair is None else torch.tensor([int(p) for p in pair], dtype=torch.int64)
-        with self._plugged():
+        with self._plug.plugged(), fast_products(self._plug.device):
             effect, _ = self._patching.effects(
                 [self.nodes[i] for i in used],
                 [[number[i] for i in subset] for subset in lists],
