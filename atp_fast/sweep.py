@@ -144,8 +144,9 @@ def sweep(
         if bool(live.any()):
             while True:
                 try:
-                    layer = _Layer(plug, runs, number, method, scores.space.kinds, precision)
-                    below = layer.sweep(cotangents, chunk)
+                    cotangents, found = _sweep_layer(
+                        plug, runs, number, method, scores.space.kinds, precision, cotangents, chunk
+                    )
                     break
                 except torch.OutOfMemoryError:
                     taken = min(chunk or len(cotangents), len(cotangents))
@@ -156,13 +157,31 @@ def sweep(
                         f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
                         stacklevel=2,
                     )
-            cotangents = below
-            for kind, (score, effect) in layer.found.items():
+            for kind, (score, effect) in found.items():
                 score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
                 kept = score if method.graddrop else effect
                 scores.add(kind, number, score, effect, kept, rows, columns)
         advance()
     return clean_value, corrupted_value
+
+
+Found = dict[str, tuple[Tensor, Tensor]]
+"""kind -> score and effect, (pairs, positions, width)"""
+
+
+def _sweep_layer(
+    plug: Plug,
+    runs: PairRuns,
+    number: int,
+    method: Method,
+    kinds: Sequence[str],
+    precision: str | None,
+    cotangents: Tensor,
+    chunk: int | None,
+) -> tuple[Tensor, Found]:
+    """Cotangents of the layer's input, and its effects; the layer's tape is gone on return."""
+    layer = _Layer(plug, runs, number, method, kinds, precision)
+    return layer.sweep(cotangents, chunk), layer.found
 
 
 class _Layer:
@@ -187,7 +206,7 @@ class _Layer:
             kept = tape, run_for_values(plug, runs, number, runs.corrupted[number], kinds)[1]
         self.tape, self.corrupted = kept
         self.deltas: Values = {}
-        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+        self.found: Found = {}
 
     def sweep(self, cotangents: Tensor, chunk: int | None) -> Tensor:
         """Take all cotangents (C, pairs, positions, hidden) through the layer, `chunk` at a time."""
