@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling study study-quick clean
+	bench-kernels bench-engine bench-peers bench-scaling bench-precision study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -65,7 +65,7 @@ test-interpret: build
 test-compile: build
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m compile
 
-bench-kernels bench-engine bench-peers bench-scaling: bench-%: build model
+bench-kernels bench-engine bench-peers bench-scaling bench-precision: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 study: build model

@@ -140,10 +140,11 @@ class Plug:
             ids = ids.where(ids != config.pad_token_id, self._plain_token)
         x, arguments = self.enter(ids)
         shapes: set[tuple[int, ...]] = set()
-        windows = []
+        windows, streams = [], []
         for number, layer in enumerate(self.layers):
             run = LayerRun(backend=self.backend, cut=True)
             x = x.detach().requires_grad_()
+            streams.append(x.detach())
             try:
                 out, calls = trace(layer, x, *arguments[number], run)
             except NotImplementedError as error:
@@ -166,8 +167,7 @@ class Plug:
         found = self.inspection
         found.heads, found.kv_heads, found.head_dim, found.v_dim = shapes.pop()
         found.hidden, found.windows = x.shape[-1], tuple(windows)
-        with torch.no_grad():
-            self._compare_with_eager(ids, self.logits(x))
+        self._compare_with_eager(ids, [*streams, x])
 
     def _name_parts(
         self, number: int, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor
@@ -197,20 +197,33 @@ class Plug:
             why = f"layer {layer} computes its own softmax or none, not through transformers' attention interface"
         return f"{self.name} is not served: {why}"
 
-    def _compare_with_eager(self, ids: Tensor, logits: Tensor) -> None:
-        with self._implementation("eager"):
-            eager: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}.get(
-            logits.dtype, 5e-2
-        )
-        if not bool(torch.isfinite(eager).all()):
-            raise ValueError(
-                f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
-            )
-        error = float((logits - eager).abs().max() / eager.abs().max().clamp(min=1e-30))
-        if not error <= tolerance:
+    def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor]) -> None:
+        """Refuse a model that, taken apart, is not what its own eager code computes.
+
+        streams: every layer's input and the last one's output, (1, positions, hidden). Layer by layer, the eager layer
+        must give the same output on the same input, so that rounding does not pile up with depth; and eager layers
+        one after the other must give the model's own logits.
+        """
+        with self._implementation("eager"), torch.no_grad():
+            own: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            if not bool(torch.isfinite(own).all()):
+                raise ValueError(
+                    f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
+                )
+            x, arguments = self.enter(ids)
+            for number, layer in enumerate(self.layers):
+                args, kwargs = arguments[number]
+                eager = first_tensor(layer.module(streams[number], *args, **kwargs))
+                self._check_close(f"layer {number}'s output", streams[number + 1], eager)
+                x = first_tensor(layer.module(x, *args, **kwargs))
+            self._check_close("logits", self.logits(x), own)
+
+    def _check_close(self, what: str, ours: Tensor, own: Tensor) -> None:
+        tolerance = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
+        error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
+        if not error <= tolerance.get(own.dtype, 5e-2):
             raise NotImplementedError(
-                f"{self.name} is not served: taken apart, its logits differ from its own by {error:.1e} of the largest"
+                f"{self.name} is not served: taken apart, its {what} differ from its own by {error:.1e} of the largest"
             )
 
     def _check_gradients(self) -> None:
@@ -273,7 +286,7 @@ class Plug:
 
     @contextlib.contextmanager
     def _implementation(self, name: str) -> Iterator[None]:
-        """Every config of the model says attention `name`; the settings come back at the end."""
+        """Every config of the model says attention `name`, experts "eager"; the settings come back at the end."""
         configs: dict[int, Any] = {
             id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")
         }
@@ -281,14 +294,24 @@ class Plug:
             for key in getattr(config, "sub_configs", {}):
                 if (sub := getattr(config, key, None)) is not None:
                     configs[id(sub)] = sub
-        before = [(config, config._attn_implementation) for config in configs.values()]
+        # experts one after the other: the grouped product has no batching rule, and would be looped over cotangents
+        wanted = {
+            "_attn_implementation_internal": name,
+            "_experts_implementation_internal": "eager",
+        }
+        before = [
+            (config, key, getattr(config, key))
+            for config in configs.values()
+            for key in wanted
+            if hasattr(config, key)
+        ]
         try:
-            for config, _ in before:
-                config._attn_implementation_internal = name
+            for config, key, _ in before:
+                setattr(config, key, wanted[key])
             yield
         finally:
-            for config, old in before:
-                config._attn_implementation_internal = old
+            for config, key, old in before:
+                setattr(config, key, old)
 
     @contextlib.contextmanager
     def plugged(self) -> Iterator[None]:
