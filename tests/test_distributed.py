@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -291,14 +290,12 @@ def test_a_killed_run_goes_on_and_counts_no_pair_twice(tmp_path, engine, pairs, 
 
 @pytest.mark.slow
 def test_a_worker_s_failure_names_rank_and_pair_and_ends_all(tmp_path):
-    began = time.monotonic()
     _, stderr = torchrun(2, TESTS / "sharded.py", tmp_path, trouble="nan", code=1)
     assert any(
         f"ShardError: rank {rank} failed on pair {TROUBLED}, run alone: ValueError: metric"
         in stderr
         for rank in (0, 1)
     )
-    assert time.monotonic() - began < 120
     assert not (tmp_path / "run.safetensors").exists()
 
 
