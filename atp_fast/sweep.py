@@ -87,21 +87,24 @@ class Scores:
         effect: Tensor,
         kept: Tensor,
         rows: Tensor,
-        columns: Tensor,
+        first: Tensor,
     ) -> None:
         """Add one layer's scores and effects, (pairs, positions, width), of the pairs `rows`.
 
-        columns: (pairs, positions), where each position lies in the user's layout; entries beyond it hold zeros.
+        first: (pairs,), the user's column of each pair's first position here; positions past the last column hold zeros.
         kept: what per_pair keeps, score or effect.
         """
-        width = self.space.widths[kind]
-        flat = columns.reshape(-1)
-        self.score[kind][layer].index_add_(0, flat, score.reshape(-1, width))
-        self.effect[kind][layer].index_add_(0, flat, effect.reshape(-1, width))
+        self.score[kind][layer] += self._in_columns(score, first).sum(0)
+        self.effect[kind][layer] += self._in_columns(effect, first).sum(0)
         if self.per_pair is not None:
-            pair = rows[:, None].expand_as(columns).reshape(-1)
-            target = self.per_pair[kind][:, layer]
-            target.index_put_((pair, flat), kept.reshape(-1, width), accumulate=True)
+            self.per_pair[kind][rows, layer] = self._in_columns(kept, first)
+
+    def _in_columns(self, x: Tensor, first: Tensor) -> Tensor:
+        """x (pairs, positions, width) moved to the user's columns: gathered, since scattering has no fixed order on CUDA."""
+        source = torch.arange(self.space.positions, device=x.device) - first[:, None]
+        here = (source >= 0) & (source < x.shape[1])
+        index = source.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
+        return x.gather(1, index).masked_fill(~here[..., None], 0)
 
 
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -137,9 +140,7 @@ def sweep(
         corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
     cotangents = cotangent[None]
     live = runs.differs()
-    columns = torch.arange(runs.start, runs.start + runs.positions, device=plug.device)
-    columns = columns + pairs.starts.to(plug.device)[:, None]
-    columns = columns.clamp(max=scores.space.positions - 1)
+    first = runs.start + pairs.starts.to(plug.device)
     for number in reversed(range(len(plug.layers))):
         if bool(live.any()):
             while True:
@@ -160,7 +161,7 @@ def sweep(
             for kind, (score, effect) in found.items():
                 score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
                 kept = score if method.graddrop else effect
-                scores.add(kind, number, score, effect, kept, rows, columns)
+                scores.add(kind, number, score, effect, kept, rows, first)
         advance()
     return clean_value, corrupted_value
 
