@@ -80,13 +80,27 @@ template <typename R> struct Packed {
     }
 };
 
-// Rows [0, count) of `rows`, each `width` long, into columns of out[width][tile]; missing columns are 0.
+// Rows of a tensor as rows of `out`, padded with zeros to whole vectors: in length, and in number.
 template <typename R>
-inline void transpose(R* out, const R* rows, Index row_stride, Index count, Index width) {
-    for (Index d = 0; d < width; ++d) {
-        for (Index i = 0; i < count; ++i) out[d * tile + i] = rows[i * row_stride + d];
-        for (Index i = count; i < tile; ++i) out[d * tile + i] = 0;
+inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index row_stride, Index step,
+                      Index count, Index width) {
+    for (Index i = 0; i < count; ++i) {
+        read_row(out + i * out_row, x.data, x.dtype, offset + i * row_stride, step, width);
+        std::fill(out + i * out_row + width, out + (i + 1) * out_row, R(0));
     }
+    std::fill(out + count * out_row, out + round_up(count, lanes<R>) * out_row, R(0));
+}
+
+// out[d][i] = rows[i][d] for `vectors` whole vectors of rows i; width is rows' length, whole vectors too.
+template <typename R> inline void transpose(R* out, const R* rows, Index width, Index vectors) {
+    constexpr int w = lanes<R>;
+    for (Index i = 0; i < vectors * w; i += w)
+        for (Index d = 0; d < width; d += w) {
+            Vec<R> square[w];
+            for (int m = 0; m < w; ++m) square[m] = load(rows + (i + m) * width + d);
+            transpose_square<R>(square);
+            for (int m = 0; m < w; ++m) store(out + (d + m) * tile + i, square[m]);
+        }
 }
 
 // What every attention kernel knows about scores.
@@ -148,11 +162,11 @@ template <typename R> struct Attention {
             used += round_up(bytes, 64);
         };
         const Index real = Index(sizeof(R));
-        Index wide = std::max(s.head_dim, round_up(s.value_dim, w));
+        const Index depth = round_up(s.head_dim, w);
         take(t.keys.data, Packed<R>::bytes(s.keys, s.head_dim));
         take(t.values.data, Packed<R>::bytes(s.keys, s.value_dim));
-        take(t.rows, tile * wide * real);
-        take(t.queries, s.head_dim * tile * real);
+        take(t.rows, tile * depth * real);
+        take(t.queries, depth * tile * real);
         take(t.tile_scores, tile * tile * real);
         take(t.z, tile * round_up(s.value_dim, w) * real);
         for (R** each : {&t.best, &t.most, &t.sum, &t.shrink, &t.fold}) take(*each, tile * real);
@@ -178,11 +192,10 @@ template <typename R> struct Attention {
         pack(t, b, kv_head);
         const Visibility seen(s, b, first_query);
         const Index vectors = (seen.queries + w - 1) / w, z_row = t.values.row;
-        for (Index i = 0; i < seen.queries; ++i)
-            read_row(t.rows + i * s.head_dim, call.q.data, call.q.dtype,
-                     b * call.q.stride[0] + h * call.q.stride[1] + (first_query + i) * call.q.stride[2],
-                     call.q.stride[3], s.head_dim);
-        transpose(t.queries, t.rows, s.head_dim, seen.queries, s.head_dim);
+        const View& q = call.q;
+        read_rows(t.rows, t.keys.row, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
+                  q.stride[2], q.stride[3], seen.queries, s.head_dim);
+        transpose(t.queries, t.rows, t.keys.row, vectors);
 
         const R* sinks = static_cast<const R*>(s.sinks);
         std::fill(t.best, t.best + tile, -infinity<R>);
@@ -243,13 +256,13 @@ template <typename R> struct Attention {
             // a new best key leaves the tile, its place among the others is taken by the old best
             for (int i = 0; i < w; ++i)
                 if (t.rise[n * w + i] >= 0) p[t.rise[n * w + i] * tile + n * w + i] = -infinity<R>;
-            Vec<R> sum = load(t.sum + n * w) * shrink + fold;
+            Vec<R> sum = {};  // of the tile alone: small terms must not drown one by one in a large total
             for (Index j = 0; j < count; ++j) {
                 const Vec<R> e = exp<R>(load(p + j * tile + n * w) - base);
                 store(p + j * tile + n * w, e);
                 sum += e;
             }
-            store(t.sum + n * w, sum);
+            store(t.sum + n * w, load(t.sum + n * w) * shrink + (fold + sum));
         }
         for (Index i = 0; i < seen.queries; ++i) {
             R* z = t.z + i * z_row;

@@ -180,21 +180,22 @@ template <typename R> struct AttentionBackward {
         const Index depth = round_up(s.head_dim, w), width = round_up(s.value_dim, w);
         const Index row = (b * s.heads + h) * s.queries + first_query;
 
-        read_rows(t.query_rows, depth, call.q, b * call.q.stride[0] + h * call.q.stride[1] + first_query * call.q.stride[2],
-                  call.q.stride[2], call.q.stride[3], queries, s.head_dim);
-        transpose(t.queries, t.query_rows, depth, queries, s.head_dim);
-        const R* wide_z = static_cast<const R*>(call.wide_z) + row * s.value_dim;
-        transpose(t.z, wide_z, s.value_dim, queries, s.value_dim);
+        const View& q = call.q;
+        read_rows(t.query_rows, depth, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
+                  q.stride[2], q.stride[3], queries, s.head_dim);
+        transpose(t.queries, t.query_rows, depth, vectors);
+        const View wide_z = rows_of(call.wide_z), loo_z = rows_of(call.loo_z);
+        read_rows(t.rows, width, wide_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
+        transpose(t.z, t.rows, width, vectors);
         for (Index i = 0; i < tile; ++i) {
             const R lse = i < queries ? static_cast<const R*>(call.logsumexp)[row + i] : 0;
             t.lse[i] = lse == -infinity<R> ? 0 : lse;
         }
         if (effects) {
-            const R* loo_z = static_cast<const R*>(call.loo_z) + row * s.value_dim;
-            for (Index i = 0; i < queries; ++i)
-                for (Index d = 0; d < s.value_dim; ++d)
-                    t.rows[i * width + d] = wide_z[i * s.value_dim + d] - loo_z[i * s.value_dim + d];
-            transpose(t.z_minus_loo, t.rows, width, queries, s.value_dim);
+            read_rows(t.rows, width, loo_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
+            transpose(t.z_minus_loo, t.rows, width, vectors);
+            for (Index d = 0; d < width; ++d)
+                for (Index i = d * tile; i < d * tile + vectors * w; ++i) t.z_minus_loo[i] = t.z[i] - t.z_minus_loo[i];
             for (Index i = 0; i < queries; ++i) {
                 t.loo_lse[i] = static_cast<const R*>(call.loo_logsumexp)[row + i];
                 t.top[i] = call.top_key[row + i];
@@ -207,7 +208,7 @@ template <typename R> struct AttentionBackward {
             read_rows(rows, width, g,
                       c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3], g.stride[3],
                       g.stride[4], queries, s.value_dim);
-            transpose(grad, rows, width, queries, s.value_dim);
+            transpose(grad, rows, width, vectors);
             column_dots(t.mean + (c - first) * tile, grad, t.z, vectors);
             if (effects) column_dots(t.top_shift + (c - first) * tile, grad, t.z_minus_loo, vectors);
         }
@@ -237,13 +238,12 @@ template <typename R> struct AttentionBackward {
                 }
     }
 
-    static void read_rows(R* out, Index out_row, const View& x, Index offset, Index row_stride, Index step,
-                          Index count, Index width) {
-        for (Index i = 0; i < count; ++i) {
-            read_row(out + i * out_row, x.data, x.dtype, offset + i * row_stride, step, width);
-            std::fill(out + i * out_row + width, out + (i + 1) * out_row, R(0));
-        }
-        std::fill(out + count * out_row, out + tile * out_row, R(0));
+    // A statistic of the value dimension, contiguous in the accumulation type, as a tensor to read rows of.
+    static View rows_of(const void* data) {
+        View view;
+        view.data = const_cast<void*>(data);
+        view.dtype = wide_dtype<R>;
+        return view;
     }
 
     // out[i] = sum over d of a[d][i] b[d][i]
@@ -363,6 +363,12 @@ template <typename R> struct AttentionBackward {
 };
 
 template <typename R> void attention_backward(const BackwardCall& call, int threads) {
+    const AttentionShape& s = call.shape;
+    const Index size = call.grad_z.dtype == Dtype::float64 ? 8 : call.grad_z.dtype == Dtype::float32 ? 4 : 2;
+    const Index batches = call.cotangents * s.batch * size, pairs = batches * s.kv_heads * s.keys;
+    prefer_large_pages(call.grad_q.data, batches * s.heads * s.queries * s.head_dim);
+    prefer_large_pages(call.grad_k.data, pairs * s.head_dim);
+    prefer_large_pages(call.grad_v.data, pairs * s.value_dim);
     AttentionBackward<R> op(call, threads);
     run_units(op, threads);
 }

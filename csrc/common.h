@@ -84,6 +84,9 @@ const Kernels* kernels_portable();
 // Runs body(context, unit, thread) for every unit in [0, units), units handed out in order.
 void parallel(Index units, int threads, void (*body)(void*, Index, int), void* context);
 
+// Asks for large pages behind a fresh output: a fault per 4 KiB costs a quarter of a large vjp's time.
+void prefer_large_pages(void* data, Index bytes);
+
 // Memory of one call: 64-byte aligned, freed at the end of the scope; throws std::bad_alloc.
 class Scratch {
   public:

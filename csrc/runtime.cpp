@@ -1,9 +1,13 @@
-// Threads and memory: the only file that knows OpenMP.
+// Threads and memory: the only file that knows OpenMP and the operating system.
 #include "common.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -38,6 +42,15 @@ void parallel(Index units, int threads, void (*body)(void*, Index, int), void* c
     for (int self = 1; self < used; ++self) team.emplace_back(work, self);
     work(0);
     for (auto& member : team) member.join();
+#endif
+}
+
+void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] Index bytes) {
+#if defined(__linux__)
+    constexpr std::uintptr_t page = 1 << 21;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
+    if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

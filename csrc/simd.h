@@ -56,12 +56,35 @@ template <typename R> ATP_FAST_INLINE Int<R> lane_numbers() {
     return x;
 }
 
+// Lanes of a and b picked by number: 0 .. lanes-1 are a's, the next are b's.
+template <typename R> ATP_FAST_INLINE Vec<R> pick(Vec<R> a, Vec<R> b, Int<R> numbers) {
+#if defined(__clang__)
+    Vec<R> out;
+    for (int i = 0; i < lanes<R>; ++i) out[i] = numbers[i] < lanes<R> ? a[numbers[i]] : b[numbers[i] - lanes<R>];
+    return out;
+#else
+    return __builtin_shuffle(a, b, numbers);
+#endif
+}
+
 template <typename R> ATP_FAST_INLINE R horizontal_sum(Vec<R> x) {
-    R parts[lanes<R>];
-    store(parts, x);
-    for (int width = lanes<R> / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-    return parts[0];
+    for (int step = lanes<R> / 2; step > 0; step /= 2) x += pick<R>(x, x, lane_numbers<R>() ^ Whole<R>(step));
+    return x[0];
+}
+
+// Transposes a square of vectors in place, by exchanging halves, quarters, ... of neighbouring rows.
+template <typename R> ATP_FAST_INLINE void transpose_square(Vec<R> (&rows)[lanes<R>]) {
+    for (int step = lanes<R> / 2; step > 0; step /= 2) {
+        const Int<R> number = lane_numbers<R>(), second = (number & Whole<R>(step)) != 0;
+        const Int<R> low = number + (second & Whole<R>(lanes<R> - step));
+        const Int<R> high = number + (second ? Int<R>{} + Whole<R>(lanes<R>) : Int<R>{} + Whole<R>(step));
+        for (int i = 0; i < lanes<R>; ++i) {
+            if (i & step) continue;
+            const Vec<R> a = rows[i], b = rows[i + step];
+            rows[i] = pick<R>(a, b, low);
+            rows[i + step] = pick<R>(a, b, high);
+        }
+    }
 }
 
 template <typename R> struct Reciprocals {  // 1/n!
@@ -75,7 +98,7 @@ template <typename R> struct Reciprocals {  // 1/n!
 
 template <typename R> constexpr Reciprocals<R> reciprocal_factorials{};
 
-// exp(x), at most 1 ulp off (tests/test_simd.py); 0 below Simd::smallest, so no denormals;
+// exp(x), at most 1 ulp off with fused multiply-adds and 1.2 without (tests/test_ops_cpp.py); 0 below Simd::smallest, so no denormals;
 // x above Simd::largest counts as that, so no infinity.
 template <typename R> ATP_FAST_INLINE Vec<R> exp(Vec<R> x) {
     using S = Simd<R>;
