@@ -23,6 +23,7 @@ from cases import build, operations, random_pairs
 from measure import (
     Timing,
     alone,
+    check_environment,
     extra_peak,
     in_subprocess,
     interleaved,
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="file to lock while timing, on a shared machine")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    check_environment()
     if options.peak_of:
         print_peak(options.peak_of)
         return

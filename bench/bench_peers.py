@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import Timing, alone, write_ratios
+from measure import Timing, alone, check_environment, write_ratios
 from random_models import CONFIGS, GPT2_124M, NEOX_160M
 from rows import RESULTS, ROOT, RowFile
 
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.csv")
     parser.add_argument("--lock", type=Path, help="file to lock while timing, on a shared machine")
     options = parser.parse_args()
+    check_environment()
     for library in VERSIONS:
         interpreter(library)
     if options.install:

@@ -24,7 +24,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from cases import build, random_pairs
-from measure import Timing, alone, extra_peak, in_subprocess, interleaved, reset_peak, timed
+from measure import (
+    Timing,
+    alone,
+    check_environment,
+    extra_peak,
+    in_subprocess,
+    interleaved,
+    reset_peak,
+    timed,
+)
 from random_models import NEOX_160M, NEOX_SMALL
 from rows import RESULTS, RowFile
 
@@ -226,6 +235,7 @@ def main() -> None:
     parser.add_argument("--shards-in", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    check_environment()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.peak_of:

@@ -45,6 +45,12 @@ class Timing:
             file.add(values, metric=metric, note=note, **columns)
 
 
+def check_environment() -> None:
+    """Ends the program unless OpenMP's threads sleep while they wait: spinning ones spoil a busy machine's numbers."""
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        sys.exit("set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0, or run through make, which does")
+
+
 def _busy_seconds() -> float:
     """Seconds all cores together have spent working since boot."""
     ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
