@@ -87,6 +87,7 @@ def _backward(
     stats: AttentionStats,
     grad_z: Tensor,
     scoring: Scoring,
+    *,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_q, grad_k, grad_v and the keys' effects; those not asked for are empty tensors."""
@@ -98,9 +99,9 @@ def _backward(
             for name, x in stats._asdict().items()
         )
     )
-    grads = [
+    grad_q, grad_k, grad_v = (
         torch.empty((cotangents, *x.shape) if gradients else (0,), dtype=q.dtype) for x in (q, k, v)
-    ]
+    )
     effect_shape = (cotangents, q.shape[0], k.shape[2], k.shape[1])
     effect = torch.empty(effect_shape if k_corrupted is not None else (0,), dtype=dtype)
     _C.attention_backward(
@@ -113,18 +114,20 @@ def _backward(
         _NOTHING if k_corrupted is None else _passed(k_corrupted),
         _passed(grad_z),
         _addresses(stats),
-        *(_passed(grad) if gradients else _NOTHING for grad in grads),
+        _passed(grad_q) if gradients else _NOTHING,
+        _passed(grad_k) if gradients else _NOTHING,
+        _passed(grad_v) if gradients else _NOTHING,
         0 if k_corrupted is None else effect.data_ptr(),
         torch.get_num_threads(),
     )
-    return grads[0], grads[1], grads[2], effect
+    return grad_q, grad_k, grad_v, effect
 
 
 def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, stats: AttentionStats, grad_z: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q, grad_k, grad_v) of sum(z * grad_z) for every cotangent."""
-    return _backward(q, k, v, None, stats, grad_z, scoring, True)[:3]
+    return _backward(q, k, v, None, stats, grad_z, scoring, gradients=True)[:3]
 
 
 def _patched_query_effects(grad_z: Tensor, z_corrupted: Tensor, z: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def key_patch_effects(
     scoring: Scoring,
 ) -> Tensor:
     """I_K(j) = sum_i (a' - a) (r_ij - mean of r over the row's other keys), (C, batch, keys, kv_heads)."""
-    return _backward(q, k, v, k_corrupted, stats, grad_z, scoring, False)[3]
+    return _backward(q, k, v, k_corrupted, stats, grad_z, scoring, gradients=False)[3]
 
 
 def attention_vjp_effects(
@@ -165,9 +168,11 @@ def attention_vjp_effects(
 ) -> AttentionEffects:
     """attention_vjp, query_patch_effects and key_patch_effects of the same inputs together."""
     z_corrupted = attention(q_corrupted, k, v, scoring)[1].z
-    *grads, effect_k = _backward(q, k, v, k_corrupted, stats, grad_z, scoring, True)
     effect_q = _patched_query_effects(grad_z, z_corrupted, stats.z)
-    return AttentionEffects(*grads, effect_q, effect_k)
+    grad_q, grad_k, grad_v, effect_k = _backward(
+        q, k, v, k_corrupted, stats, grad_z, scoring, gradients=True
+    )
+    return AttentionEffects(grad_q, grad_k, grad_v, effect_q, effect_k)
 
 
 def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
