@@ -60,10 +60,10 @@ model: $(STAMPS)/model
 
 # The interpreter's mode is fixed when the kernels are defined, so it has a process of its own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m interpret
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_ops_triton.py
 
 test-compile: build
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m compile
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py
 
 bench-kernels bench-engine bench-peers bench-scaling bench-precision: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
