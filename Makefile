@@ -15,7 +15,8 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling bench-precision study study-quick clean
+	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-plots \
+	study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -67,6 +68,9 @@ test-compile: build
 
 bench-kernels bench-engine bench-peers bench-scaling bench-precision: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
+
+bench-plots: build
+	$(BIN)/python bench/plots.py
 
 study: build model
 	$(BIN)/python bench/study.py

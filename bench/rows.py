@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -79,17 +80,21 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def provenance() -> dict[str, str | int | bool]:
-    """The columns that say where, when and with what a number was measured.
-
-    dirty: whether code that a benchmark runs differs from the commit.
-    """
+@functools.cache
+def _code() -> tuple[str, bool]:
+    """The commit, and whether code that a benchmark runs differs from it; as it was when first asked."""
     changed = _git("status", "--porcelain", "--", "atp_fast", "csrc", "kernels", "bench/*.py")
+    return _git("rev-parse", "--short=12", "HEAD"), bool(changed)
+
+
+def provenance() -> dict[str, str | int | bool]:
+    """The columns that say where, when and with what a number was measured."""
+    commit, dirty = _code()
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(changed),
+        "commit": commit,
+        "dirty": dirty,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
