@@ -37,7 +37,7 @@ FULL = (
     Part("city", None, ("attention", "neuron"), Plan()),
     Part("ioi_pair", None, ("attention", "neuron"), Plan()),
     Part("ioi", 12, ("attention",), Plan(limit=5000)),
-    Part("random", None, ("attention",), Plan(limit=1200)),
+    Part("random", None, ("attention",), Plan(limit=600)),
 )
 _QUICK = Plan(seeds=2, top=300, limit=500, forwards=700, probability=0.03)
 QUICK = (
