@@ -16,7 +16,7 @@ from atp_fast._version import __version__
 from atp_fast.baselines.subsets import EnginePatcher, moving_ids
 from atp_fast.diagnostics import MissedBound, bound_missed
 from atp_fast.hf import Plug
-from atp_fast.memory import SweepPlan, budget_for, plan_sweep, read_budget
+from atp_fast.memory import SweepPlan, SweepSize, budget_for, plan_sweep, read_budget
 from atp_fast.metrics import Metric, resolve
 from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
@@ -91,7 +91,7 @@ class Engine:
         scores = Scores(space, len(pairs), self.plug.device, dtype, per_pair)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
-        plan = self._plan(run_pairs, measure, chosen.graddrop)
+        plan = self._plan(run_pairs, measure, chosen.graddrop, kinds)
         batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
@@ -262,17 +262,22 @@ class Engine:
 
     # ---- plans and checks
 
-    def _plan(self, pairs: PromptPairs, metric: Metric, graddrop: bool) -> SweepPlan:
-        layers = len(self.plug.layers)
-        shared = int(pairs.split.min()) if self.plug.moves else 0
-        return plan_sweep(
-            self.plug,
-            budget_for(self.plug, self._asked_budget),
-            pairs=len(pairs),
-            positions=max(1, int(pairs.lengths.max()) - shared),
-            cotangents=layers + 1 if graddrop else 1,
-            together=metric.all_pairs_at_once,
+    def _plan(
+        self, pairs: PromptPairs, metric: Metric, graddrop: bool, kinds: Sequence[str]
+    ) -> SweepPlan:
+        longest = int(pairs.lengths.max())
+        shared = min(int(pairs.split.min()), longest - 1) if self.plug.moves else 0
+        size = SweepSize(
+            positions=longest - shared,
+            prefix=shared,
+            cotangents=len(self.plug.layers) + 1 if graddrop else 1,
+            kinds=tuple(kinds),
+            logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
+            narrow=self.precision == "bf16",
         )
+        budget = budget_for(self.plug, self._asked_budget)
+        together = metric.all_pairs_at_once
+        return plan_sweep(self.plug, budget, size, pairs=len(pairs), together=together)
 
     def _batches(self, pairs: PromptPairs, size: int) -> list[Tensor]:
         """Rows of pairs that are run together: pairs that split late share a batch, so that they share a prefix."""

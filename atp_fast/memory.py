@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,73 +94,130 @@ def budget_for(plug: Plug, asked: int | None) -> Budget:
     return Budget(free_memory(plug.device) // 2 // sharing, auto=True)
 
 
+class SweepSize(NamedTuple):
+    """How much a sweep has to do, beside the number of its pairs."""
+
+    positions: int  # of each pair, that are run
+    prefix: int  # shared positions before them, of which keys and values are kept
+    cotangents: int  # carried at the lowest layer
+    kinds: tuple[str, ...]
+    logits: int  # positions of each pair at which the metric looks
+    narrow: bool = False  # cotangents take linear maps in bfloat16
+
+
 class Costs(NamedTuple):
-    """Bytes per pair and position."""
+    """Bytes, per pair and position unless said otherwise."""
 
     stored: int  # both runs' layer inputs
-    tape: int  # one layer's graph, node values of both runs and their differences
-    cotangent: int  # one carried cotangent
-    work: int  # one cotangent on its way through a layer
+    tape: int  # what autograd keeps of one layer, the node values of both runs, the layer's outputs
+    found: int  # of the layer at work: differences of node values, and neurons' effects while they are summed
+    carried: int  # one cotangent: of a layer's output, and of its input
+    mlp: int  # one cotangent on its way through the MLP: a gradient per activation that autograd keeps, and one more
+    attention: int  # one on its way through the attention: neurons' gradient, z's, and those of q, k, v twice
+    prefix: int  # per prefix position: keys and values of all layers, and those of the layer at work, of both runs
+    prefix_gradient: int  # per prefix position: one cotangent of keys and values
+    logits: int  # per logit position: logits, their copy in the user's columns, the metric's own work, gradients
+    narrow: int  # per tape, whatever the pairs and positions: the weights in bfloat16
 
 
-def costs(plug: Plug) -> Costs:
-    found, item = plug.inspection, plug.itemsize
-    heads = found.heads * (found.head_dim + found.v_dim)
-    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
-    nodes = heads + kv_heads + found.neurons + 2 * found.hidden
+def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
+    found, item, layers = plug.inspection, plug.itemsize, len(plug.layers)
+    hidden = found.hidden
+    heads = found.heads * (found.head_dim + found.v_dim)  # q and z
+    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)  # k and v
+    neurons = found.neurons if "neuron" in kinds else 0
+    writes = hidden * sum(kind in kinds for kind in ("attn_out", "mlp_out"))
+    values = heads + kv_heads + neurons + writes
+    weights = sum(p.numel() for p in plug.layers[0].module.parameters())
     return Costs(
-        stored=item * 2 * len(plug.layers) * found.hidden,
-        tape=found.tape_bytes + item * 2 * nodes,
-        cotangent=item * 2 * found.hidden,
-        work=item * (3 * found.hidden + 2 * heads + 2 * kv_heads + 4 * found.neurons),
+        stored=item * 2 * (layers + 1) * hidden,
+        tape=found.tape_bytes + item * (2 * values + 2 * hidden),
+        found=item * (values + 5 * neurons),
+        carried=item * 2 * hidden,
+        mlp=found.tape_bytes + item * found.neurons,
+        attention=item * (neurons + heads // 2 + (heads + 2 * kv_heads) + hidden),
+        prefix=item * kv_heads * (layers + 3),
+        prefix_gradient=item * 2 * kv_heads,
+        logits=item * 6 * plug.vocabulary,
+        narrow=2 * weights,
     )
+
+
+def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
+    """Bytes that a sweep under this plan takes at its peak, beside the model and the scores.
+
+    The largest of: the metric's logits with all kept tapes, and every layer at work with the tapes kept below it.
+    Not counted: attention matrices of the reference backend, and freed blocks that the C library holds on to.
+    """
+    cost, layers, pairs = costs(plug, size.kinds), len(plug.layers), plan.pairs
+    always = pairs * (size.positions * cost.stored + size.prefix * cost.prefix)
+    tape = pairs * size.positions * cost.tape + (cost.narrow if size.narrow else 0)
+    peak = always + (layers - plan.taped_from) * tape + pairs * size.logits * cost.logits
+    for layer in range(layers):
+        tapes = 1 + max(0, layer - plan.taped_from)
+        cotangents = min(size.cotangents, layers - layer)
+        chunk = min(plan.chunk, cotangents)
+        # when all cotangents are one chunk, they are through the MLP before the first effects are taken
+        mlp = chunk * cost.mlp + (cost.found if chunk < cotangents else 0)
+        work = size.positions * max(mlp, cost.found + chunk * cost.attention)
+        work += size.positions * cotangents * cost.carried
+        work += size.prefix * chunk * cost.prefix_gradient
+        peak = max(peak, always + tapes * tape + pairs * work)
+    return peak
 
 
 def plan_sweep(
-    plug: Plug, budget: Budget, *, pairs: int, positions: int, cotangents: int, together: bool
+    plug: Plug, budget: Budget, size: SweepSize, *, pairs: int, together: bool
 ) -> SweepPlan:
-    """Fit a sweep into a budget.
+    """Fit a sweep into a budget: as many pairs, then cotangents, then tapes as there is room for and use.
 
-    pairs, positions: at most so many pairs, of so many positions each; cotangents: at the lowest layer;
-    together: all pairs must be run at once.
+    pairs: at most so many; together: all of them must be run at once. Where even one pair and one cotangent do not
+    fit, they are the plan.
     """
-    cost, layers = costs(plug), len(plug.layers)
-    fixed = positions * (cost.stored + cost.tape + cotangents * cost.cotangent)
+    layers = len(plug.layers)
     rows = _ROWS_ENOUGH.get(plug.device.type, _ROWS_ENOUGH["cuda"])
-    batch = pairs
-    if not together:
-        by_memory = budget.bytes // (fixed + positions * cotangents * cost.work)
-        by_rows = -(-rows // (positions * cotangents))
-        batch = max(1, min(pairs, by_memory, by_rows))
-    left = budget.bytes - batch * fixed
-    chunk = left // (batch * positions * cost.work)
-    chunk = max(1, min(cotangents, chunk, max(1, rows // (batch * positions))))
-    left -= chunk * batch * positions * cost.work
+
+    def fits(batch: int, chunk: int, tapes: int) -> bool:
+        plan = SweepPlan(batch, chunk, layers - tapes)
+        return estimate_sweep(plug, plan, size) <= budget.bytes
+
+    useful = -(-rows // (size.positions * size.cotangents))
+    batch = (
+        pairs
+        if together
+        else _largest(pairs if pairs < useful else useful, lambda n: fits(n, size.cotangents, 0))
+    )
+    useful = max(1, rows // (batch * size.positions))
+    chunk = _largest(min(size.cotangents, useful), lambda n: fits(batch, n, 0))
+    tapes = layers
     if budget.auto:
-        left = min(left, int(budget.bytes * _AUTO_TAPE_SHARE))
-    taped = max(0, min(layers, left // (batch * positions * cost.tape)))
-    if plug.offloaded:
-        taped = 0
-    return SweepPlan(batch, chunk, layers - taped)
+        tape = batch * size.positions * costs(plug, size.kinds).tape
+        tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
+    while tapes and not fits(batch, chunk, tapes):
+        tapes -= 1
+    return SweepPlan(batch, chunk, layers - tapes)
 
 
-def estimate_sweep(plug: Plug, plan: SweepPlan, positions: int, cotangents: int) -> int:
-    """Bytes a sweep under this plan takes at its peak, beside the model and the scores."""
-    cost = costs(plug)
-    taped = max(1, len(plug.layers) - plan.taped_from)
-    per_position = (
-        cost.stored + taped * cost.tape + cotangents * cost.cotangent + plan.chunk * cost.work
-    )
-    return plan.pairs * positions * per_position
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to limit that fits, 1 if none does; a number fits if a larger one does."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
-def patched_rows(plug: Plug, budget: Budget, positions: int) -> int:
-    """Rows of exact patching run at once, each of so many positions."""
-    found, item = plug.inspection, plug.itemsize
-    heads = found.heads * (found.head_dim + found.v_dim) + found.kv_heads * (
-        found.head_dim + found.v_dim
-    )
-    per_row = item * (
-        positions * (4 * found.hidden + 2 * heads + 3 * found.neurons) + 2 * plug.vocabulary
-    )
-    return int(max(1, min(_PATCHED_ROWS, budget.bytes // 4 // per_row)))
+def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
+    """Rows of exact patching run at once in `room` bytes, at least one.
+
+    positions: of each row, that are run; prefix: positions before them, whose keys and values every row gets a copy of;
+    logits: positions at which the metric looks.
+    """
+    found = plug.inspection
+    heads = found.heads * (found.head_dim + found.v_dim)
+    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
+    # q, k, v, z stay until the layer's end; more than four activations of an MLP are seldom alive, and one is a patched copy
+    layer = 4 * found.hidden + heads + kv_heads + max(heads + kv_heads, 5 * found.neurons)
+    keys_values = 2 * kv_heads  # the prefix, and the prefix with the row's own
+    row = positions * layer + prefix * keys_values + logits * 6 * plug.vocabulary
+    return max(1, min(_PATCHED_ROWS, room // (plug.itemsize * row)))

@@ -74,9 +74,10 @@ class Patching:
         self.batches = (
             [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
         )
-        self.sessions = [
-            PatchSession(plug, pairs[rows], metric, kinds, budget) for rows in self.batches
-        ]
+        self.sessions = [PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches]
+        room = budget.bytes - sum(session.stored_bytes() for session in self.sessions)
+        for session in self.sessions:
+            session.room = room
         self.pairs = pairs
         self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])
 
@@ -147,16 +148,17 @@ class PatchSession:
         pairs: PromptPairs,
         metric: Metric,
         kinds: Sequence[str],
-        budget: Budget,
     ) -> None:
-        """kinds: the node kinds that will be patched; budget: for the rows run at once."""
-        self.plug, self.pairs, self.metric, self.budget = plug, pairs, metric, budget
+        """kinds: the node kinds that will be patched."""
+        self.plug, self.pairs, self.metric = plug, pairs, metric
+        self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
         kept = tuple({*kinds, "k", "v"} - {"resid_pre"})
         self.runs: PairRuns = run_pairs(plug, pairs, kept, keep_values=True)
         self.keys_values = [self._clean_keys_values(layer) for layer in range(len(plug.layers))]
         batch = len(pairs)
         self.corrupted = [
-            {kind: t[batch:] for kind, t in values.items() if kind in kinds} | {"resid_pre": x}
+            {kind: t[batch:].clone() for kind, t in values.items() if kind in kinds}
+            | {"resid_pre": x}
             for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
         ]
         self.runs.values = []
@@ -177,8 +179,16 @@ class PatchSession:
         values, prefix, batch = self.runs.values[layer], self.runs.prefixes[layer], len(self.pairs)
         k, v = values["k"][:batch], values["v"][:batch]
         if prefix is None:
-            return Prefix(k, v)
+            return Prefix(k.clone(), v.clone())
         return Prefix(torch.cat([prefix.k, k], 2), torch.cat([prefix.v, v], 2))
+
+    def stored_bytes(self) -> int:
+        """Bytes of both runs and of their node values."""
+        kept = [*self.runs.clean, *self.runs.corrupted]
+        for values, keys_values in zip(self.corrupted, self.keys_values, strict=True):
+            kept += [*values.values(), *keys_values]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(sizes.values())
 
     def effects(
         self,
@@ -238,12 +248,12 @@ class PatchSession:
         pairs, subsets = found.shape
         assert self.clean_logits is not None
         row_pair = torch.arange(pairs).repeat_interleave(subsets)
-        touched = torch.unique(patches.row)
         for subset in range(subsets):
-            rows = touched[touched % subsets == subset]
-            if len(rows):
+            mine = patches.take(patches.row % subsets == subset)
+            if len(mine.row):
                 logits = self.clean_logits.clone()
-                logits[row_pair[rows].to(logits.device)] = self._run(patches, rows, row_pair)
+                for rows in self._batches(mine, pairs * subsets):
+                    logits[row_pair[rows].to(logits.device)] = self._run(mine, rows, row_pair)
                 values = self.metric(logits, self.pairs, self.source_logits)
                 found[:, subset] = (values - self.clean_value).cpu()
             advance(pairs)
@@ -256,10 +266,12 @@ class PatchSession:
         touched = torch.unique(patches.row)
         key = position[touched] * len(self.plug.layers) + layer[touched]
         order = touched[torch.argsort(key, stable=True)]
+        logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
         batches, start = [], 0
         while start < len(order):
-            width = self.runs.start + self.runs.positions - int(position[order[start]])
-            size = patched_rows(self.plug, self.budget, width)
+            begin = int(position[order[start]]) if self.plug.moves else 0
+            width = self.runs.start + self.runs.positions - begin
+            size = patched_rows(self.plug, self.room, width, begin, logits)
             batches.append(order[start : start + size])
             start += size
         return batches

@@ -14,6 +14,7 @@ from torch import Tensor
 import atp_fast.patching
 import zoo
 from atp_fast import Engine, PromptPairs
+from atp_fast.memory import Budget
 from atp_fast.metrics import METRICS, resolve
 from atp_fast.nodes import KINDS, Node
 from atp_fast.patching import Patching
@@ -200,7 +201,7 @@ def rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[list[in
     """Row batches of at most so many rows; yields the positions each batch was planned for."""
     planned: list[int] = []
 
-    def few(plug: object, budget: object, positions: int) -> int:
+    def few(plug: object, room: int, positions: int, *rest: int) -> int:
         planned.append(positions)
         return rows
 
@@ -244,8 +245,8 @@ def test_batches_of_pairs_change_nothing(metric: Any) -> None:
     engine = Engine(model)
     nodes = some_nodes(engine, KINDS, 5)
     whole = engine.patch(pairs, nodes, metric, progress=False)
-    budget = engine.patching(pairs, KINDS).sessions[0].budget
     with engine.plug.plugged():
+        budget = Budget(2**30, auto=False)
         patching = Patching(engine.plug, pairs, resolve(metric, pairs), KINDS, budget, 2)
         effect, measured = patching.effects(nodes)
     batches = 1 if metric is against_the_mean else 3
