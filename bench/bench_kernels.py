@@ -1,0 +1,248 @@
+"""Every op and backend against the reference and the best stock PyTorch (make bench-kernels).
+
+One batch of 12 heads, causal, float32. The op tests run first; no number is printed on red. Providers of a cell take
+turns; rows go to bench/results/kernels.csv: seconds, how many times faster each backend is than each opponent, the share
+of the best matrix-product rate that torch reaches here in the same run (node_effects: of the copy bandwidth), and in
+a process of its own the peak memory beside inputs and outputs. Operations are those of the causal half.
+  attention              2 products; opponents: reference, SDPA (which keeps no row statistics)
+  attention_vjp          1 + 4 C;    reference, SDPA's backward under vmap, and once per cotangent
+  query_patch_effects    2;          reference
+  key_patch_effects      2 + C;      reference, reference under torch.compile (at T = 1024, C = 12)
+  attention_vjp_effects  3 + 4 C;    reference
+  node_effects           bytes read; reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import (
+    Timing,
+    check_environment,
+    extra_peak,
+    in_subprocess,
+    interleaved,
+    product_paths,
+    reset_peak,
+    write_ratios,
+)
+from rows import RESULTS, ROOT, RowFile
+from torch import Tensor
+
+from atp_fast import ops
+
+HEADS = 12
+LARGEST_REFERENCE = 1 << 30  # bytes of one (C, heads, T, T) matrix; the reference makes several
+OPS = (
+    "attention",
+    "attention_vjp",
+    "query_patch_effects",
+    "key_patch_effects",
+    "attention_vjp_effects",
+    "node_effects",
+)
+PRODUCTS: dict[str, Callable[[int], int]] = {
+    "attention": lambda c: 2,
+    "attention_vjp": lambda c: 1 + 4 * c,
+    "query_patch_effects": lambda c: 2,
+    "key_patch_effects": lambda c: 2 + c,
+    "attention_vjp_effects": lambda c: 3 + 4 * c,
+}
+Provider = Callable[[], object]
+
+
+def make_inputs(positions: int, head_dim: int, cotangents: int) -> dict[str, Tensor]:
+    """Random queries, keys, values, their corrupted twins and cotangents."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("q", "k", "v", "q_corrupted", "k_corrupted")
+    shape = (1, HEADS, positions, head_dim)
+    found = {name: torch.randn(shape, generator=generator) for name in names}
+    found["grad_z"] = torch.randn((cotangents, *shape), generator=generator)
+    return found
+
+
+def call(op: str, x: dict[str, Tensor], backend: str, stats: ops.AttentionStats) -> Provider:
+    """One call of an op."""
+    q, k, v = x["q"], x["k"], x["v"]
+    if op == "attention":
+        return partial(ops.attention, q, k, v, backend=backend)
+    if op == "node_effects":
+        weights = torch.full((len(x["grad_z"]),), 1.0)
+        return partial(ops.node_effects, q, x["grad_z"], weights=weights, backend=backend)
+    options: dict[str, Any] = {"grad_z": x["grad_z"], "backend": backend}
+    if op in ("query_patch_effects", "attention_vjp_effects"):
+        options["q_corrupted"] = x["q_corrupted"]
+    if op in ("key_patch_effects", "attention_vjp_effects"):
+        options["k_corrupted"] = x["k_corrupted"]
+    if op != "query_patch_effects":
+        options["stats"] = stats
+    return partial(getattr(ops, op), q, k, v, **options)
+
+
+def stock(op: str, x: dict[str, Tensor]) -> dict[str, Provider]:
+    """What a user without this package would write."""
+    if op == "attention":
+        attend = partial(F.scaled_dot_product_attention, x["q"], x["k"], x["v"], is_causal=True)
+        return {"SDPA": attend}
+    if op != "attention_vjp":
+        return {}
+    inputs = [x[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    z = F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    def grad(g: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(z, inputs, g, retain_graph=True)
+
+    def one_by_one() -> list[tuple[Tensor, ...]]:
+        return [grad(g) for g in x["grad_z"]]
+
+    return {"SDPA, vmap": lambda: torch.func.vmap(grad)(x["grad_z"]), "SDPA, loop": one_by_one}
+
+
+def compiled_reference(op: str, x: dict[str, Tensor], stats: ops.AttentionStats) -> Provider:
+    return torch.compile(call(op, x, "reference", stats))
+
+
+def bench_cell(
+    file: RowFile,
+    op: str,
+    positions: int,
+    head_dim: int,
+    cotangents: int,
+    rounds: int,
+    compiled: bool,
+) -> None:
+    x = make_inputs(positions, head_dim, cotangents)
+    q, k, v = x["q"], x["k"], x["v"]
+    _, stats = ops.attention(q, k, v)
+    backend = ops.backend_for(q)
+    providers: dict[str, Provider] = {backend: call(op, x, backend, stats), **stock(op, x)}
+    matrix = 4 * HEADS * positions**2 * (1 if op == "attention" else cotangents)
+    note = ""
+    if op == "node_effects" or matrix <= LARGEST_REFERENCE:
+        providers["reference"] = call(op, x, "reference", stats)
+    else:
+        note = f"reference left out: one of its matrices takes {matrix / 2**30:.1f} GiB"
+    if compiled and op == "key_patch_effects" and (positions, cotangents) == (1024, 12):
+        providers["reference, torch.compile"] = compiled_reference(op, x, stats)
+    paths = product_paths()
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    peaks: dict[str, Provider] = {f"peak {name}": run for name, (run, _) in paths.items()}
+    if op == "node_effects":
+        peaks = {"peak copy": lambda: target.copy_(source)}
+    timings = interleaved({**providers, **peaks}, rounds)
+    best = {"peak copy": 2 * source.nbytes}
+    best |= {f"peak {name}": count for name, (_, count) in paths.items() if "bfloat16" not in name}
+    rate = max(best[name] / min(timings[name].wall) for name in peaks if name in best)
+    columns: dict[str, Any] = {
+        "op": op,
+        "mode": "one call",
+        "shape": {"B": 1, "H": HEADS, "T": positions, "D": head_dim, "C": cotangents},
+        "dtype": "float32",
+    }
+    for name in providers:
+        timings[name].write(file, provider=name, note=note if name == backend else "", **columns)
+    for name in providers:
+        if name != backend:
+            write_ratios(
+                file, timings[name], timings[backend], of=name, provider=backend, **columns
+            )
+    file.add(
+        shares(op, timings[backend], rate, positions, head_dim, cotangents),
+        metric="share_of_copy_bandwidth" if op == "node_effects" else "share_of_product_peak",
+        provider=backend,
+        note=f"peak {rate / 1e9:.4g} G/s",
+        **columns,
+    )
+
+
+def shares(
+    op: str, timing: Timing, rate: float, positions: int, head_dim: int, cotangents: int
+) -> list[float]:
+    """Share of the peak rate, round by round."""
+    if op == "node_effects":
+        work = 4 * HEADS * positions * head_dim * (1 + cotangents)
+    else:
+        pairs = positions * (positions + 1) / 2
+        work = PRODUCTS[op](cotangents) * 2 * head_dim * HEADS * pairs
+    return [work / seconds / rate for seconds in timing.wall]
+
+
+def memory_of(op: str, positions: int, head_dim: int, cotangents: int, backend: str) -> int:
+    """Peak bytes of one call beside its inputs and outputs; run in a process of its own."""
+    warm = make_inputs(16, head_dim, 2)
+    _, stats = ops.attention(warm["q"], warm["k"], warm["v"])
+    call(op, warm, backend, stats)()
+    x = make_inputs(positions, head_dim, cotangents)
+    _, stats = ops.attention(x["q"], x["k"], x["v"])
+    run = call(op, x, backend, stats)
+    before = reset_peak()
+    out = run()
+    tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+    return extra_peak(before) - sum(t.nbytes for t in tensors)
+
+
+def bench_memory(file: RowFile, op: str, positions: int, backend: str) -> None:
+    arguments = ["--memory", op, str(positions), "64", "12", backend]
+    file.add(
+        [in_subprocess([__file__, *arguments])],
+        op=op,
+        provider=backend,
+        mode="one call",
+        shape={"B": 1, "H": HEADS, "T": positions, "D": 64, "C": 12},
+        dtype="float32",
+        metric="extra_peak_bytes",
+        note="beside inputs and outputs",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="T = 64 and 1024, C = 12, head_dim 64 only"
+    )
+    parser.add_argument("--op", choices=OPS, action="append")
+    parser.add_argument("--T", type=int, action="append", help="prompt lengths")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-gate", action="store_true", help="do not run the op tests first")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory:
+        op, positions, head_dim, cotangents, backend = given.memory
+        print(memory_of(op, int(positions), int(head_dim), int(cotangents), backend))
+        return
+    check_environment()
+    if not given.no_gate:
+        gate = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_ops_cpp.py"]
+        subprocess.run(gate, cwd=ROOT, check=True)
+    file = RowFile(RESULTS / "kernels.csv")
+    lengths = given.T or ([64, 1024] if given.quick else [64, 256, 1024, 4096])
+    for positions in lengths:
+        for head_dim in (64,) if given.quick else (64, 128):
+            for cotangents in (12,) if given.quick else (1, 12, 30):
+                if positions > 1024 and (head_dim, cotangents) != (64, 12):
+                    continue  # minutes a call; the costs grow as the products do
+                for op in given.op or OPS:
+                    if op in ("attention", "query_patch_effects") and cotangents == 30:
+                        continue  # hardly depends on the cotangents
+                    rounds = given.rounds if positions <= 1024 else min(given.rounds, 3)
+                    bench_cell(
+                        file, op, positions, head_dim, cotangents, rounds, not given.no_compile
+                    )
+    for op in given.op or ("attention", "key_patch_effects", "attention_vjp_effects"):
+        for positions, backend in ((1024, "reference"), (1024, "auto"), (4096, "auto")):
+            bench_memory(file, op, positions, backend)
+
+
+if __name__ == "__main__":
+    main()
