@@ -80,6 +80,13 @@ template <typename R> struct Packed {
     }
 };
 
+// Whether rows can be read where they lie: of the right type, whole vectors, and not so spaced (multiples of
+// 4 KiB) that all of them compete for the same few lines of the first-level cache.
+template <typename R> bool readable(Dtype dtype, Index row_stride, Index step, Index count, Index width) {
+    return dtype == wide_dtype<R> && step == 1 && width % lanes<R> == 0 && count % lanes<R> == 0 &&
+           (width == row_stride || row_stride * Index(sizeof(R)) % 4096 != 0);
+}
+
 // Rows of a tensor as rows of `out`, padded with zeros to whole vectors: in length, and in number.
 template <typename R>
 inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index row_stride, Index step,
@@ -91,13 +98,14 @@ inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index 
     std::fill(out + count * out_row, out + round_up(count, lanes<R>) * out_row, R(0));
 }
 
-// out[d][i] = rows[i][d] for `vectors` whole vectors of rows i; width is rows' length, whole vectors too.
-template <typename R> inline void transpose(R* out, const R* rows, Index width, Index vectors) {
+// out[d][i] = rows[i][d] for `vectors` whole vectors of rows i; width is the rows' length, whole vectors too.
+template <typename R>
+inline void transpose(R* out, const R* rows, Index row_stride, Index width, Index vectors) {
     constexpr int w = lanes<R>;
     for (Index i = 0; i < vectors * w; i += w)
         for (Index d = 0; d < width; d += w) {
             Vec<R> square[w];
-            for (int m = 0; m < w; ++m) square[m] = load(rows + (i + m) * width + d);
+            for (int m = 0; m < w; ++m) square[m] = load(rows + (i + m) * row_stride + d);
             transpose_square<R>(square);
             for (int m = 0; m < w; ++m) store(out + (d + m) * tile + i, square[m]);
         }
@@ -195,7 +203,7 @@ template <typename R> struct Attention {
         const View& q = call.q;
         read_rows(t.rows, t.keys.row, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
                   q.stride[2], q.stride[3], seen.queries, s.head_dim);
-        transpose(t.queries, t.rows, t.keys.row, vectors);
+        transpose(t.queries, t.rows, t.keys.row, t.keys.row, vectors);
 
         const R* sinks = static_cast<const R*>(s.sinks);
         std::fill(t.best, t.best + tile, -infinity<R>);
@@ -281,7 +289,7 @@ template <typename R> struct Attention {
             return Range{0, 0, std::min(count, std::max<Index>(0, end))};
         };
         product(seen.queries, value_vectors, p, Index(1), tile, t.values.data + key * z_row, z_row, ranges,
-                AddTo<R>{t.z, z_row, seen.queries});
+                AddTo<R>{t.z, z_row, seen.queries, false});
     }
 
     void finish(Thread& t, Index b, Index h, Index first_query, Index queries) const {
@@ -291,11 +299,10 @@ template <typename R> struct Attention {
             const Index at = (b * s.heads + h) * s.queries + first_query + i;
             const R best = t.best[i];
             const R others = t.sum[i] > 0 ? t.most[i] + std::log(t.sum[i]) : -infinity<R>;
-            R share = 0, rest = 1;  // of the best key, and of the others
-            if (t.top[i] >= 0) {
-                share = 1 / (1 + std::exp(others - best));
-                rest = 1 / (1 + std::exp(best - others));
-            }
+            const R high = std::max(best, others), low = std::min(best, others);
+            const R odds = low == -infinity<R> ? 0 : std::exp(low - high);
+            const R share = best < others ? odds / (1 + odds) : 1 / (1 + odds);  // of the best key
+            const R rest = best < others ? 1 / (1 + odds) : odds / (1 + odds);   // of the others
             R* z = t.z + i * z_row;
             const R norm = t.sum[i] > 0 ? 1 / t.sum[i] : 0;
             for (Index d = 0; d < z_row; ++d) z[d] *= norm;
@@ -307,9 +314,7 @@ template <typename R> struct Attention {
             if (call.z.data) write_row(call.z, at * dim, z, dim);
             std::copy(z, z + dim, static_cast<R*>(call.wide_z) + at * dim);
             if (!call.logsumexp) continue;
-            const R high = std::max(best, others), low = std::min(best, others);
-            static_cast<R*>(call.logsumexp)[at] =
-                low == -infinity<R> ? high : high + std::log1p(std::exp(low - high));
+            static_cast<R*>(call.logsumexp)[at] = high + std::log1p(odds);
             call.top_key[at] = t.top[i];
             static_cast<R*>(call.loo_logsumexp)[at] = others;
         }

@@ -15,10 +15,11 @@
 
 template <typename R> struct AttentionBackward {
     static constexpr int w = lanes<R>;
+    static constexpr Index most_cotangents = 16;  // of a unit
 
     BackwardCall call;
     Scores<R> scores;
-    bool gradients, effects, direct_k, direct_v;
+    bool gradients, effects, direct_q, direct_k, direct_v;
     Index group, blocks, chunks, chunk, units;
     char* scratch;
     Index scratch_stride;
@@ -26,6 +27,7 @@ template <typename R> struct AttentionBackward {
     struct Thread {
         Index packed;
         Packed<R> keys, values, corrupted;
+        Index begun;  // keys whose gradients hold something; the others' are still uninitialised
         R *rows, *queries, *query_rows, *z, *z_minus_loo;         // of a query block
         R *lse, *loo_lse;
         Index* top;
@@ -45,6 +47,7 @@ template <typename R> struct AttentionBackward {
         const AttentionShape& s = call.shape;
         group = s.heads / s.kv_heads;
         blocks = (s.queries + tile - 1) / tile;
+        direct_q = call.grad_q.dtype == wide_dtype<R> && s.head_dim % w == 0;
         direct_k = call.grad_k.dtype == wide_dtype<R> && s.head_dim % w == 0;
         direct_v = call.grad_v.dtype == wide_dtype<R> && s.value_dim % w == 0;
         choose_chunks(std::max(threads, 1));
@@ -57,14 +60,13 @@ template <typename R> struct AttentionBackward {
     // recomputes the tiles' weights, about three products against the four (one without gradients) of each
     // cotangent. No cotangent's arithmetic depends on the choice.
     void choose_chunks(int threads) {
-        constexpr Index most = 16;
         const Index pairs = call.shape.batch * call.shape.kv_heads, per = gradients ? 4 : 1;
         chunks = chunk = 0;
         if (call.cotangents == 0) return;
         Index best = -1;
         for (Index n = 1; n <= call.cotangents; ++n) {
             const Index size = (call.cotangents + n - 1) / n;
-            if (size > most) continue;
+            if (size > most_cotangents) continue;
             const Index cost = (pairs * n + threads - 1) / threads * (3 + per * size);
             if (best < 0 || cost < best) {
                 best = cost;
@@ -98,7 +100,7 @@ template <typename R> struct AttentionBackward {
         take(t.top, tile);
         take(t.grad, chunk * width * tile);
         take(t.grad_rows, chunk * tile * width);
-        take(t.grad_q, gradients ? chunk * tile * depth : 0);
+        take(t.grad_q, gradients && !direct_q ? chunk * tile * depth : 0);
         take(t.mean, chunk * tile);
         take(t.top_shift, chunk * tile);
         take(t.grad_k, gradients && !direct_k ? chunk * s.keys * depth : 0);
@@ -146,15 +148,10 @@ template <typename R> struct AttentionBackward {
         const Index depth = round_up(s.head_dim, w), width = round_up(s.value_dim, w);
         pack(t, b, kv_head);
         if (effects) std::fill(t.effect, t.effect + (last - first) * s.keys, R(0));
-        if (gradients)
-            for (Index c = first; c < last; ++c) {
-                R* grad_k = key_grad(t, c, first, b, kv_head);
-                R* grad_v = value_grad(t, c, first, b, kv_head);
-                std::fill(grad_k, grad_k + s.keys * depth, R(0));
-                std::fill(grad_v, grad_v + s.keys * width, R(0));
-            }
+        t.begun = 0;
         for (Index h = kv_head * group; h < (kv_head + 1) * group; ++h)
             for (Index block = 0; block < blocks; ++block) run_block(t, first, last, b, h, kv_head, block * tile);
+        begin(t, first, last, b, kv_head, s.keys);
         for (Index c = first; c < last; ++c) {
             if (gradients && !direct_k) {
                 const R* from = key_grad(t, c, first, b, kv_head);
@@ -173,6 +170,26 @@ template <typename R> struct AttentionBackward {
         }
     }
 
+    // Zeroes the gradients of the keys up to `end` that hold nothing yet.
+    void begin(Thread& t, Index first, Index last, Index b, Index kv_head, Index end) const {
+        const Index depth = round_up(call.shape.head_dim, w), width = round_up(call.shape.value_dim, w);
+        if (end <= t.begun) return;
+        for (Index c = first; gradients && c < last; ++c) {
+            R* grad_k = key_grad(t, c, first, b, kv_head);
+            R* grad_v = value_grad(t, c, first, b, kv_head);
+            std::fill(grad_k + t.begun * depth, grad_k + end * depth, R(0));
+            std::fill(grad_v + t.begun * width, grad_v + end * width, R(0));
+        }
+        t.begun = end;
+    }
+
+    // Where a cotangent's query gradients of one block are summed: the output itself, or scratch.
+    R* query_grad(Thread& t, Index c, Index first, Index row) const {
+        const AttentionShape& s = call.shape;
+        if (!direct_q) return t.grad_q + (c - first) * tile * round_up(s.head_dim, w);
+        return static_cast<R*>(call.grad_q.data) + (c * s.batch * s.heads * s.queries + row) * s.head_dim;
+    }
+
     void run_block(Thread& t, Index first, Index last, Index b, Index h, Index kv_head, Index first_query) const {
         const AttentionShape& s = call.shape;
         const Visibility seen(s, b, first_query);
@@ -183,17 +200,17 @@ template <typename R> struct AttentionBackward {
         const View& q = call.q;
         read_rows(t.query_rows, depth, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
                   q.stride[2], q.stride[3], queries, s.head_dim);
-        transpose(t.queries, t.query_rows, depth, vectors);
+        transpose(t.queries, t.query_rows, depth, depth, vectors);
         const View wide_z = rows_of(call.wide_z), loo_z = rows_of(call.loo_z);
         read_rows(t.rows, width, wide_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
-        transpose(t.z, t.rows, width, vectors);
+        transpose(t.z, t.rows, width, width, vectors);
         for (Index i = 0; i < tile; ++i) {
             const R lse = i < queries ? static_cast<const R*>(call.logsumexp)[row + i] : 0;
             t.lse[i] = lse == -infinity<R> ? 0 : lse;
         }
         if (effects) {
             read_rows(t.rows, width, loo_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
-            transpose(t.z_minus_loo, t.rows, width, vectors);
+            transpose(t.z_minus_loo, t.rows, width, width, vectors);
             for (Index d = 0; d < width; ++d)
                 for (Index i = d * tile; i < d * tile + vectors * w; ++i) t.z_minus_loo[i] = t.z[i] - t.z_minus_loo[i];
             for (Index i = 0; i < queries; ++i) {
@@ -201,41 +218,62 @@ template <typename R> struct AttentionBackward {
                 t.top[i] = call.top_key[row + i];
             }
         }
+        const View& g = call.grad_z;
+        const bool in_place = readable<R>(g.dtype, g.stride[3], g.stride[4], queries, s.value_dim);
+        const Index grad_row = in_place ? g.stride[3] : width;
+        const R* grad_rows[most_cotangents];
         for (Index c = first; c < last; ++c) {
-            const View& g = call.grad_z;
             R* rows = t.grad_rows + (c - first) * tile * width;
             R* grad = t.grad + (c - first) * width * tile;
-            read_rows(rows, width, g,
-                      c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3], g.stride[3],
-                      g.stride[4], queries, s.value_dim);
-            transpose(grad, rows, width, vectors);
+            const Index at = c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3];
+            if (!in_place) read_rows(rows, width, g, at, g.stride[3], g.stride[4], queries, s.value_dim);
+            grad_rows[c - first] = in_place ? static_cast<const R*>(g.data) + at : rows;
+            transpose(grad, grad_rows[c - first], grad_row, width, vectors);
             column_dots(t.mean + (c - first) * tile, grad, t.z, vectors);
             if (effects) column_dots(t.top_shift + (c - first) * tile, grad, t.z_minus_loo, vectors);
         }
-        if (gradients) std::fill(t.grad_q, t.grad_q + (last - first) * tile * depth, R(0));
 
+        bool fresh_q = true;
         for (Index key = seen.first_key; key < seen.last_key; key += tile) {
             const Index count = std::min(tile, seen.last_key - key);
+            const bool fresh_k = t.begun <= key;
+            begin(t, first, last, b, kv_head, fresh_k ? key : key + count);
             Top tops[tile];
             const Index found = weigh(t, tops, key, count, vectors, seen);
             for (Index c = first; c < last; ++c) {
                 add_tile(t, c - first, key, count, vectors, seen);
                 if (gradients) {
-                    const R* rows = t.grad_rows + (c - first) * tile * width;
-                    add_gradients(t, rows, t.grad_q + (c - first) * tile * depth, key_grad(t, c, first, b, kv_head),
-                                  value_grad(t, c, first, b, kv_head), key, count, seen);
+                    R* grad_k = key_grad(t, c, first, b, kv_head) + key * depth;
+                    R* grad_v = value_grad(t, c, first, b, kv_head) + key * width;
+                    const auto from_key = [&](Index m) {
+                        return Range{0, seen.causal ? std::max<Index>(0, key + m - seen.position) : 0, queries};
+                    };
+                    const auto to_query = [&](Index m) {
+                        const Index end = seen.causal ? seen.position + m + block_rows - key : count;
+                        return Range{0, 0, std::min(count, std::max<Index>(0, end))};
+                    };
+                    product(count, width / w, t.p, tile, Index(1), grad_rows[c - first], grad_row, from_key,
+                            AddTo<R>{grad_v, width, count, fresh_k});
+                    product(count, depth / w, t.ds, tile, Index(1), t.query_rows, depth, from_key,
+                            AddTo<R>{grad_k, depth, count, fresh_k});
+                    product(queries, depth / w, t.ds, Index(1), tile, t.keys.data + key * depth, depth, to_query,
+                            AddTo<R>{query_grad(t, c, first, row), depth, queries, fresh_q});
                 }
                 for (Index i = 0; i < found; ++i)
                     t.effect[(c - first) * s.keys + tops[i].key] +=
                         tops[i].weight * t.top_shift[(c - first) * tile + tops[i].query];
             }
+            t.begun = std::max(t.begun, key + count);
+            fresh_q = false;
         }
-        if (gradients)
-            for (Index c = first; c < last; ++c)
-                for (Index i = 0; i < queries; ++i) {
-                    const Index at = ((c * s.batch + b) * s.heads + h) * s.queries + first_query + i;
-                    write_row(call.grad_q, at * s.head_dim, t.grad_q + ((c - first) * tile + i) * depth, s.head_dim);
-                }
+        for (Index c = first; gradients && c < last; ++c) {
+            R* grad_q = query_grad(t, c, first, row);
+            if (fresh_q) std::fill(grad_q, grad_q + queries * depth, R(0));
+            if (direct_q) continue;
+            const Index at = c * s.batch * s.heads * s.queries + row;
+            for (Index i = 0; i < queries; ++i)
+                write_row(call.grad_q, (at + i) * s.head_dim, grad_q + i * depth, s.head_dim);
+        }
     }
 
     // A statistic of the value dimension, contiguous in the accumulation type, as a tensor to read rows of.
@@ -335,25 +373,6 @@ template <typename R> struct AttentionBackward {
         };
         product(count, vectors, t.values.data + key * t.values.row, t.values.row, Index(1),
                 t.grad + c * round_up(call.shape.value_dim, w) * tile, tile, ranges, finish);
-    }
-
-    void add_gradients(Thread& t, const R* grad_rows, R* grad_q, R* grad_k, R* grad_v, Index key, Index count,
-                       const Visibility& seen) const {
-        const AttentionShape& s = call.shape;
-        const Index depth = round_up(s.head_dim, w), width = round_up(s.value_dim, w);
-        const auto from_key = [&](Index m) {
-            return Range{0, seen.causal ? std::max<Index>(0, key + m - seen.position) : 0, seen.queries};
-        };
-        const auto to_query = [&](Index m) {
-            const Index end = seen.causal ? seen.position + m + block_rows - key : count;
-            return Range{0, 0, std::min(count, std::max<Index>(0, end))};
-        };
-        product(count, width / w, t.p, tile, Index(1), grad_rows, width, from_key,
-                AddTo<R>{grad_v + key * width, width, count});
-        product(count, depth / w, t.ds, tile, Index(1), t.query_rows, depth, from_key,
-                AddTo<R>{grad_k + key * depth, depth, count});
-        product(seen.queries, depth / w, t.ds, Index(1), tile, t.keys.data + key * depth, depth, to_query,
-                AddTo<R>{grad_q, depth, seen.queries});
     }
 
     static void unit(void* context, Index number, int thread) {

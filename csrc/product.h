@@ -52,16 +52,17 @@ ATP_FAST_INLINE void product(Index rows, Index vectors, const R* a, Index a_row,
     }
 }
 
-// done for `product`: adds to the rows of c that exist.
+// done for `product`: adds to the rows of c that exist, or sets them when c holds nothing yet.
 template <typename R> struct AddTo {
     R* c;
     Index c_row, rows;
+    bool fresh;
 
     template <int N> ATP_FAST_INLINE void operator()(Index m, Index n, Vec<R> (&sums)[block_rows][N]) const {
         for (int i = 0; i < block_rows; ++i) {
             if (m + i >= rows) return;
             R* out = c + (m + i) * c_row + n * lanes<R>;
-            for (int j = 0; j < N; ++j) store(out + j * lanes<R>, load(out + j * lanes<R>) + sums[i][j]);
+            for (int j = 0; j < N; ++j, out += lanes<R>) store(out, fresh ? sums[i][j] : load(out) + sums[i][j]);
         }
     }
 };
