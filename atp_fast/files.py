@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMAT = "atp_fast.{kind}/1"
 
@@ -45,6 +46,10 @@ def save_tensors(
     header: Mapping[str, Any],
 ) -> None:
     """Write tensors, and a header of anything JSON holds, as a file of this kind. Raises OSError naming the path."""
+    from safetensors.torch import (
+        save_file,
+    )  # imports torch, which the command line's help does without
+
     # safetensors refuses tensors that share memory, and views of a larger tensor often do.
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     texts = {name: json.dumps(value) for name, value in header.items()}
