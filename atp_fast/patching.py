@@ -152,16 +152,11 @@ class PatchSession:
         """kinds: the node kinds that will be patched."""
         self.plug, self.pairs, self.metric = plug, pairs, metric
         self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
-        kept = tuple({*kinds, "k", "v"} - {"resid_pre"})
-        self.runs: PairRuns = run_pairs(plug, pairs, kept, keep_values=True)
-        self.keys_values = [self._clean_keys_values(layer) for layer in range(len(plug.layers))]
-        batch = len(pairs)
+        self.runs: PairRuns = run_pairs(plug, pairs, kinds, keep_values=True)
         self.corrupted = [
-            {kind: t[batch:].clone() for kind, t in values.items() if kind in kinds}
-            | {"resid_pre": x}
+            {**values, "resid_pre": x}
             for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
         ]
-        self.runs.values = []
         with torch.no_grad():
             self.clean_value = metric_values(plug, self.runs, self.runs.clean[-1], metric)
             self.source_logits = (
@@ -174,18 +169,10 @@ class PatchSession:
                 metric_logits(plug, self.runs, self.runs.clean[-1], metric) if whole else None
             )
 
-    def _clean_keys_values(self, layer: int) -> Prefix:
-        """Keys and values of the clean run at every position, (pairs, kv_heads, positions, dim)."""
-        values, prefix, batch = self.runs.values[layer], self.runs.prefixes[layer], len(self.pairs)
-        k, v = values["k"][:batch], values["v"][:batch]
-        if prefix is None:
-            return Prefix(k.clone(), v.clone())
-        return Prefix(torch.cat([prefix.k, k], 2), torch.cat([prefix.v, v], 2))
-
     def stored_bytes(self) -> int:
         """Bytes of both runs and of their node values."""
         kept = [*self.runs.clean, *self.runs.corrupted]
-        for values, keys_values in zip(self.corrupted, self.keys_values, strict=True):
+        for values, keys_values in zip(self.corrupted, self.runs.keys_values, strict=True):
             kept += [*values.values(), *keys_values]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(sizes.values())
@@ -331,7 +318,7 @@ class PatchSession:
                 value[row, index, target] = corrupted[kind][pair[row], index, source]
             return value
 
-        keys_values = self.keys_values[layer]
+        keys_values = self.runs.keys_values[layer]
         prefix = Prefix(*(t[:, :, :begin][pair] for t in keys_values)) if begin else None
         kinds = tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
         run = LayerRun(self.plug.backend, patch if kinds else None, prefix, kinds)

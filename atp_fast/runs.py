@@ -23,8 +23,8 @@ from atp_fast.tape import LayerTape, Values, keeper
 class PairRuns:
     """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
 
-    clean, corrupted: layer inputs, (pairs, positions, hidden); values: node values of both runs, (2 pairs, ...), clean
-    first, if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
+    clean, corrupted: layer inputs, (pairs, positions, hidden); values: node values of the corrupted run, and keys_values:
+    keys and values of the clean run at every position, prefix included, both if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
     given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
     model's device. Everything is computed in the latter layout: no real position ever sees padding.
     """
@@ -38,6 +38,7 @@ class PairRuns:
     prefixes: list[Prefix | None] = field(default_factory=list)
     prefix_output: Tensor | None = None
     values: list[Values] = field(default_factory=list)
+    keys_values: list[Prefix] = field(default_factory=list)
     tapes: dict[int, tuple[LayerTape, Values]] = field(default_factory=dict)
 
     @property
@@ -70,7 +71,7 @@ def run_pairs(
 ) -> PairRuns:
     """Run pairs, clean and corrupted.
 
-    keep_values: leave both runs' values of `kinds` in `values`;
+    keep_values: leave the corrupted run's values of `kinds` in `values`, and the clean run's keys and values;
     taped_from: layers from this one on leave a tape of the clean run and the corrupted run's values of `kinds` in
     `tapes`, so that the sweep need not run them again. Other layers run both prompts in one batch.
     """
@@ -99,7 +100,7 @@ def run_pairs(
             runs.tapes[number] = tape, values
         else:
             values = {}
-            visit = keeper(values, kinds) if keep_values else None
+            visit = keeper(values, (*kinds, "k", "v")) if keep_values else None
             run = LayerRun(
                 plug.backend, visit, _twice(prefixes[number]), tuple(kinds) if visit else ()
             )
@@ -107,12 +108,22 @@ def run_pairs(
                 both = plug.run_layer(number, torch.cat([x, y]), doubled[number], run)
             x, y = both[:batch], both[batch:]
             if keep_values:
-                runs.values.append(values)
+                # copies, so that the rest of this layer's values can go
+                kept = {kind: values[kind][batch:].clone() for kind in kinds if kind in values}
+                runs.values.append(kept)
+                k, v = values["k"][:batch], values["v"][:batch]
+                runs.keys_values.append(_joined(prefixes[number], k, v))
         check_finite(x, f"layer {number}")
         check_finite(y, f"layer {number}")
     runs.clean.append(x)
     runs.corrupted.append(y)
     return runs
+
+
+def _joined(prefix: Prefix | None, k: Tensor, v: Tensor) -> Prefix:
+    if prefix is None:
+        return Prefix(k.clone(), v.clone())
+    return Prefix(torch.cat([prefix.k, k], 2), torch.cat([prefix.v, v], 2))
 
 
 def _twice(prefix: Prefix | None) -> Prefix | None:
