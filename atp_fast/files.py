@@ -31,7 +31,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read
         temporary.replace(target)
     except OSError as error:
         raise type(error)(f"cannot write {target}: {error.strerror or error}") from error
@@ -48,7 +50,7 @@ def save_tensors(
     """Write tensors, and a header of anything JSON holds, as a file of this kind. Raises OSError naming the path."""
     from safetensors.torch import (
         save_file,
-    )  # imports torch, which the command line's help does without
+    )  # with torch, which the command line's help does without
 
     # safetensors refuses tensors that share memory, and views of a larger tensor often do.
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
