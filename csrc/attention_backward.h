@@ -226,6 +226,10 @@ template <typename R> struct AttentionBackward {
             R* rows = t.grad_rows + (c - first) * tile * width;
             R* grad = t.grad + (c - first) * width * tile;
             const Index at = c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3];
+            if (in_place && c + 1 < last) {
+                const R* next = static_cast<const R*>(g.data) + at + g.stride[0];
+                for (Index i = 0; i < queries; ++i) prefetch<0>(next + i * grad_row, width);
+            }
             if (!in_place) read_rows(rows, width, g, at, g.stride[3], g.stride[4], queries, s.value_dim);
             grad_rows[c - first] = in_place ? static_cast<const R*>(g.data) + at : rows;
             transpose(grad, grad_rows[c - first], grad_row, width, vectors);
@@ -241,10 +245,21 @@ template <typename R> struct AttentionBackward {
             Top tops[tile];
             const Index found = weigh(t, tops, key, count, vectors, seen);
             for (Index c = first; c < last; ++c) {
+                if (gradients) {
+                    R* grad_k = key_grad(t, c, first, b, kv_head) + key * depth;
+                    R* grad_v = value_grad(t, c, first, b, kv_head) + key * width;
+                    R* grad_q = query_grad(t, c, first, row);
+                    if (fresh_k) {
+                        prefetch<1>(grad_k, count * depth);
+                        prefetch<1>(grad_v, count * width);
+                    }
+                    if (fresh_q) prefetch<1>(grad_q, queries * depth);
+                }
                 add_tile(t, c - first, key, count, vectors, seen);
                 if (gradients) {
                     R* grad_k = key_grad(t, c, first, b, kv_head) + key * depth;
                     R* grad_v = value_grad(t, c, first, b, kv_head) + key * width;
+                    R* grad_q = query_grad(t, c, first, row);
                     const auto from_key = [&](Index m) {
                         return Range{0, seen.causal ? std::max<Index>(0, key + m - seen.position) : 0, queries};
                     };
@@ -257,7 +272,7 @@ template <typename R> struct AttentionBackward {
                     product(count, depth / w, t.ds, tile, Index(1), t.query_rows, depth, from_key,
                             AddTo<R>{grad_k, depth, count, fresh_k});
                     product(queries, depth / w, t.ds, Index(1), tile, t.keys.data + key * depth, depth, to_query,
-                            AddTo<R>{query_grad(t, c, first, row), depth, queries, fresh_q});
+                            AddTo<R>{grad_q, depth, queries, fresh_q});
                 }
                 for (Index i = 0; i < found; ++i)
                     t.effect[(c - first) * s.keys + tops[i].key] +=

@@ -1,10 +1,12 @@
 // I = sum over the last axis of delta * grad, per cotangent; with weights, sum over cotangents of w |I|.
-// One pass: a run of rows of delta stays in the first-level cache while each gradient is read once.
+// One pass: a run of rows of delta stays in the cache while each gradient is read once, several cotangents side
+// by side, because one stream alone does not fill the memory's bandwidth.
 // Sums run in the accumulation type (float for narrow inputs): a row has at most some hundred terms.
 // Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
 template <typename R> struct NodeEffects {
     static constexpr Index run = 256;      // rows per unit: fixed, so that no result depends on the threads
+    static constexpr int abreast = 4;      // cotangents at a time
     static constexpr Index strip = 4096;   // elements per unit when the summed axis has length 1
 
     NodeEffectsCall call;
@@ -44,42 +46,57 @@ template <typename R> struct NodeEffects {
         }
     }
 
-    ATP_FAST_INLINE static R dot(const R* a, const R* b, Index count) {
+    // effects[i] = sum over d of a[d] b[i][d]
+    template <int N>
+    ATP_FAST_INLINE static void dots(R* effects, const R* a, const R* const* b, Index count) {
         constexpr int w = lanes<R>;
-        Vec<R> sums[2] = {};
-        Index i = 0;
-        for (; i + 2 * w <= count; i += 2 * w) {
-            sums[0] += load(a + i) * load(b + i);
-            sums[1] += load(a + i + w) * load(b + i + w);
-        }
-        if (i + w <= count) {
-            sums[0] += load(a + i) * load(b + i);
-            i += w;
-        }
-        R sum = horizontal_sum<R>(sums[0] + sums[1]);
-        for (; i < count; ++i) sum += a[i] * b[i];
-        return sum;
+        Vec<R> sums[N] = {};
+        Index d = 0;
+        for (; d + w <= count; d += w)
+            for (int i = 0; i < N; ++i) sums[i] += load(a + d) * load(b[i] + d);
+        for (int i = 0; i < N; ++i) effects[i] = horizontal_sum<R>(sums[i]);
+        for (; d < count; ++d)
+            for (int i = 0; i < N; ++i) effects[i] += a[d] * b[i][d];
+    }
+
+    const R* delta_row(R* buffer, Index at, Index step, Index count) const {
+        return row(buffer, call.delta, call.delta_dtype, at, step, count);
+    }
+
+    const R* grad_row(R* buffer, Index at, Index step, Index count) const {
+        return row(buffer, call.grad, call.grad_dtype, at, step, count);
+    }
+
+    // Runs body<N>(c) over all cotangents, N = `abreast` at a time and then one by one.
+    template <typename Body> ATP_FAST_INLINE void over_cotangents(const Body& body) const {
+        Index c = 0;
+        for (; c + abreast <= call.cotangents; c += abreast) body(c, std::integral_constant<int, abreast>{});
+        for (; c < call.cotangents; ++c) body(c, std::integral_constant<int, 1>{});
     }
 
     void rows_unit(Index unit, R* buffer) const {
-        const Index first = unit * run, count = std::min(run, rows - first);
+        const Index first = unit * run, count = std::min(run, rows - first), width = call.width;
         Index delta_at[run], grad_at[run];
         for (Index r = 0; r < count; ++r) offsets(first + r, call.dims, delta_at[r], grad_at[r]);
         R* out = static_cast<R*>(call.out) + first;
         const R* weights = static_cast<const R*>(call.weights);
         if (weights) std::fill(out, out + count, R(0));
-        for (Index c = 0; c < call.cotangents; ++c) {
+        over_cotangents([&](Index c, auto n) {
             for (Index r = 0; r < count; ++r) {
-                const R* d = row(buffer, call.delta, call.delta_dtype, delta_at[r], call.delta_step, call.width);
-                const R* g = row(buffer + call.width, call.grad, call.grad_dtype,
-                                 grad_at[r] + c * call.grad_cotangent, call.grad_step, call.width);
-                const R effect = dot(d, g, call.width);
-                if (weights)
-                    out[r] += weights[c] * std::abs(effect);
-                else
-                    out[c * rows + r] = effect;
+                const R* d = delta_row(buffer, delta_at[r], call.delta_step, width);
+                const R* g[n];
+                for (int i = 0; i < n; ++i)
+                    g[i] = grad_row(buffer + (i + 1) * width, grad_at[r] + (c + i) * call.grad_cotangent,
+                                    call.grad_step, width);
+                R effects[n];
+                dots<n>(effects, d, g, width);
+                for (int i = 0; i < n; ++i)
+                    if (weights)
+                        out[r] += weights[c + i] * std::abs(effects[i]);
+                    else
+                        out[(c + i) * rows + r] = effects[i];
             }
-        }
+        });
     }
 
     // The summed axis has length 1: neurons. Strips along the innermost axis instead of rows.
@@ -90,23 +107,44 @@ template <typename R> struct NodeEffects {
         const Index count = std::min(strip, length - first);
         Index delta_at, grad_at;
         offsets(line, inner, delta_at, grad_at);
-        delta_at += first * call.delta_stride[inner];
-        grad_at += first * call.grad_stride[inner];
-        const R* d = row(buffer, call.delta, call.delta_dtype, delta_at, call.delta_stride[inner], count);
+        const Index step = call.grad_stride[inner];
+        const R* d = delta_row(buffer, delta_at + first * call.delta_stride[inner], call.delta_stride[inner], count);
         R* out = static_cast<R*>(call.out) + line * length + first;
         const R* weights = static_cast<const R*>(call.weights);
         if (weights) std::fill(out, out + count, R(0));
-        for (Index c = 0; c < call.cotangents; ++c) {
-            const R* g = row(buffer + strip, call.grad, call.grad_dtype, grad_at + c * call.grad_cotangent,
-                             call.grad_stride[inner], count);
-            if (weights) {
-                const R w = weights[c];
-                for (Index i = 0; i < count; ++i) out[i] += w * std::abs(d[i] * g[i]);
-            } else {
-                R* signed_out = out + c * rows;
-                for (Index i = 0; i < count; ++i) signed_out[i] = d[i] * g[i];
+        over_cotangents([&](Index c, auto n) {
+            const R* g[n];
+            for (int i = 0; i < n; ++i)
+                g[i] = grad_row(buffer + (i + 1) * strip, grad_at + first * step + (c + i) * call.grad_cotangent,
+                                step, count);
+            weights ? add_strips<n>(out, d, g, weights + c, count) : set_strips<n>(out + c * rows, d, g, count);
+        });
+    }
+
+    template <int N>
+    ATP_FAST_INLINE static void add_strips(R* out, const R* d, const R* const* g, const R* weights, Index count) {
+        constexpr int w = lanes<R>;
+        Index at = 0;
+        for (; at + w <= count; at += w) {
+            Vec<R> sum = load(out + at);
+            for (int i = 0; i < N; ++i) {
+                const Vec<R> effect = load(d + at) * load(g[i] + at);
+                sum += weights[i] * (effect < 0 ? -effect : effect);
             }
+            store(out + at, sum);
         }
+        for (; at < count; ++at)
+            for (int i = 0; i < N; ++i) out[at] += weights[i] * std::abs(d[at] * g[i][at]);
+    }
+
+    template <int N>
+    ATP_FAST_INLINE void set_strips(R* out, const R* d, const R* const* g, Index count) const {
+        constexpr int w = lanes<R>;
+        Index at = 0;
+        for (; at + w <= count; at += w)
+            for (int i = 0; i < N; ++i) store(out + i * rows + at, load(d + at) * load(g[i] + at));
+        for (; at < count; ++at)
+            for (int i = 0; i < N; ++i) out[i * rows + at] = d[at] * g[i][at];
     }
 
     static void unit(void* context, Index number, int thread) {
@@ -124,9 +162,10 @@ template <typename R> void node_effects(const NodeEffectsCall& call, int threads
     const Index inner = self.call.size[self.call.dims - 1];
     self.units = call.width == 1 ? self.rows / inner * ((inner + self.strip - 1) / self.strip)
                                  : (self.rows + self.run - 1) / self.run;
-    self.scratch_stride = (2 * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
+    self.scratch_stride = ((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
     threads = int(std::min<Index>(std::max(threads, 1), self.units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();
+    prefer_large_pages(call.out, self.rows * (call.weights ? 1 : call.cotangents) * Index(sizeof(R)));
     parallel(self.units, threads, NodeEffects<R>::unit, &self);
 }

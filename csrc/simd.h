@@ -46,6 +46,11 @@ template <typename R> ATP_FAST_INLINE void store(R* p, Vec<R> x) { __builtin_mem
 
 template <typename R> ATP_FAST_INLINE Vec<R> splat(R x) { return x - Vec<R>{}; }
 
+// Asks the caches for `count` elements, to read (0) or to write (1).
+template <int Write, typename R> ATP_FAST_INLINE void prefetch(const R* p, Index count) {
+    for (Index i = 0; i < count; i += 64 / Index(sizeof(R))) __builtin_prefetch(p + i, Write);
+}
+
 template <typename V> ATP_FAST_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 template <typename V> ATP_FAST_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 
