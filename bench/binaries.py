@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from atp_fast.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
+
+from atp_fast.kernels import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +32,9 @@ TARGETS = {
 # shared memory a block may have, bytes
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.MULTILINE
+)
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 
 
@@ -102,8 +105,8 @@ def compiled(start: Start, target: str) -> Any:
 class Binary(NamedTuple):
     """What a binary for NVIDIA holds: registers, spilled bytes, shared memory, instructions by opcode.
 
-    loop counts the instructions of its main loop: the innermost loop with the most matrix instructions (or the
-    most instructions, where there are none).
+    loop counts the instructions of its main loop: the innermost loop with the most matrix instructions, or with
+    the most instructions where there are none.
     """
 
     registers: int
@@ -128,20 +131,25 @@ def _by_family(full: Counter[str]) -> Counter[str]:
     return families
 
 
+def _matrix_count(full: Counter[str]) -> int:
+    families = _by_family(full)
+    return sum(families[op] for op in _MATRIX)
+
+
 def _main_loop(text: str) -> Counter[str]:
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.L\w+):", text, re.MULTILINE)}
     loops = []
     for match in re.finditer(r"BRA\S*\s+(?:U?P\w+,\s*)?`\((\.L\w+)\)", text):
         if labels.get(match[1], len(text)) < match.start():
             loops.append((labels[match[1]], match.end()))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [_opcodes(text[start : end + 200]) for start, end in inner]
+    bodies = [(span, _opcodes(text[span[0] : span[1] + 200])) for span in loops]
+    busy = [(span, body) for span, body in bodies if _matrix_count(body)] or bodies
 
-    def weight(body: Counter[str]) -> tuple[int, int]:
-        families = _by_family(body)
-        return sum(families[op] for op in _MATRIX), sum(families.values())
+    def encloses(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a != b and a[0] <= b[0] and b[1] <= a[1]
 
-    return max(bodies, key=weight, default=Counter())
+    innermost = [body for span, body in busy if not any(encloses(span, other) for other, _ in busy)]
+    return max(innermost, key=lambda body: (_matrix_count(body), body.total()), default=Counter())
 
 
 def inspect(kernel: Any) -> Binary:
@@ -164,6 +172,4 @@ def inspect(kernel: Any) -> Binary:
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     instructions = _by_family(_opcodes(text))
     spilled = max(found["STACK"], found["LOCAL"], 4 * (instructions["STL"] + instructions["LDL"]))
-    return Binary(
-        found["REG"], spilled, kernel.metadata.shared, instructions, _main_loop(text)
-    )
+    return Binary(found["REG"], spilled, kernel.metadata.shared, instructions, _main_loop(text))

@@ -43,38 +43,53 @@ from atp_fast.kernels.tiles import (
     keys_in_reach,
     load_rows,
     logits,
+    row_products,
     sigmoid,
     store_rows,
     visible,
 )
 
+# weights are at most 1; so much larger, the low part of a float16 weight is no subnormal number
+PARTS_SCALE = tl.constexpr(2.0**15)
+
 
 @triton.jit
 def _masked_logits(
     q,
+    q_ptr,
     k_ptr,
     mask_ptr,
     start_n,
+    offs_m,
     cols,
-    positions,
+    stride_qm,
+    stride_qd,
     stride_kn,
     stride_kd,
     stride_mn,
+    queries,
     keys,
     scale,
     window,
     softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] logits, -inf where a key is not admissible."""
     left = keys - start_n
     k_base = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+    # [BLOCK_N, BLOCK_D]
     k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
-    s = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
-    seen = visible(positions[:, None] - (start_n + cols)[None, :], window, CAUSAL)
+    raw = row_products(
+        q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
+        HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+    )  # fmt: skip
+    s = logits(raw, scale, softcap)
+    distance = (offs_m + (keys - queries))[:, None] - (start_n + cols)[None, :]
+    seen = visible(distance, window, CAUSAL)
     seen &= (cols < left)[None, :]
     if mask_ptr is not None:
         masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
@@ -124,6 +139,7 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -136,7 +152,6 @@ def _attention_fwd_kernel(
     start_m = (block * BLOCK_M).to(tl.int32)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    positions = offs_m + (keys - queries)
 
     low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
 
@@ -154,8 +169,8 @@ def _attention_fwd_kernel(
     tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start_n in range(low, high, BLOCK_N):
         s = _masked_logits(
-            q, k_ptr, mask_ptr, start_n, cols, positions, stride_kn, stride_kd, stride_mn, keys,
-            scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
+            q, q_ptr, k_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
+            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, PRECISION,
         )  # fmt: skip
         second = tl.maximum(second, tl.minimum(best, s))
         tile = tl.where(s > best, start_n, tile)
@@ -176,8 +191,8 @@ def _attention_fwd_kernel(
         total += exp(sink - offset)
     for start_n in range(low, high, BLOCK_N):
         s = _masked_logits(
-            q, k_ptr, mask_ptr, start_n, cols, positions, stride_kn, stride_kd, stride_mn, keys,
-            scale, window, softcap, HEAD_DIM, BLOCK_D, CAUSAL, PRECISION,
+            q, q_ptr, k_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
+            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, PRECISION,
         )  # fmt: skip
         p = tl.where((start_n + cols)[None, :] == top[:, None], 0.0, exp(s - offset[:, None]))
         total += tl.sum(p, 1)
@@ -187,11 +202,14 @@ def _attention_fwd_kernel(
         if v.dtype == tl.float32:
             loo_z = tl.dot(p, v, loo_z, input_precision=PRECISION)
         else:
+            p = p * PARTS_SCALE
             coarse = p.to(v.dtype)
             fine = (p - coarse.to(tl.float32)).to(v.dtype)
             loo_z = tl.dot(coarse, v, loo_z, input_precision=PRECISION)
             loo_z = tl.dot(fine, v, loo_z, input_precision=PRECISION)
     empty = total == 0
+    if q.dtype != tl.float32:
+        loo_z = loo_z / PARTS_SCALE
     loo_z = loo_z / tl.where(empty, 1.0, total)[:, None]
     loo_logsumexp = tl.where(empty, float("-inf"), offset + tl.log(tl.where(empty, 1.0, total)))
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +33,7 @@ from atp_fast.kernels.launch import (
     candidates,
     dot_precision,
     never_negative_infinity,
+    padded,
     run,
     scoring_arguments,
     sizes_of,
@@ -44,6 +46,7 @@ from atp_fast.kernels.tiles import (
     load_rows,
     logits,
     queries_in_reach,
+    row_products,
     soften,
     store_rows,
     visible,
@@ -99,6 +102,7 @@ def _attention_vjp_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -123,8 +127,10 @@ def _attention_vjp_key_kernel(
     grad_k = ()
     grad_v = ()
     for _ in tl.static_range(CHUNK):
-        grad_k = grad_k + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
-        grad_v = grad_v + (tl.zeros([BLOCK_N, BLOCK_V], tl.float32),)
+        if grad_k_ptr is not None:
+            grad_k = grad_k + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+        if grad_v_ptr is not None:
+            grad_v = grad_v + (tl.zeros([BLOCK_N, BLOCK_V], tl.float32),)
 
     for step in range(0, group * per_head):
         head = kv_head * group + step // per_head
@@ -138,7 +144,11 @@ def _attention_vjp_key_kernel(
         lse = tl.load(logsumexp_ptr + row + offs_m, mask=offs_m < queries, other=0.0)[None, :]
         seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
         # [BLOCK_N, BLOCK_M]
-        s = logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
+        raw = row_products(
+            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, offs_m, queries, stride_qm, stride_qd,
+            HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+        )  # fmt: skip
+        s = logits(raw, scale, softcap)
         p = exp(tl.where(seen, s - lse, float("-inf")))
 
         new_grad_k = ()
@@ -148,14 +158,21 @@ def _attention_vjp_key_kernel(
             g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
             # [BLOCK_M, BLOCK_V]
             g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
-            row_c = (first + c) * batches * heads * queries + row + offs_m
-            mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
-            centred = tl.dot(v, tl.trans(g), input_precision=PRECISION) - mean
-            ds = soften(p * centred, s, softcap)
-            new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
-            new_grad_k = new_grad_k + (weigh(ds, q, grad_k[c], PRECISION),)
-        grad_k = new_grad_k
-        grad_v = new_grad_v
+            if grad_v_ptr is not None:
+                new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
+            if grad_k_ptr is not None:
+                row_c = (first + c) * batches * heads * queries + row + offs_m
+                mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
+                dp = row_products(
+                    v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
+                    g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+                )  # fmt: skip
+                ds = soften(p * (dp - mean), s, softcap)
+                new_grad_k = new_grad_k + (weigh(ds, q, grad_k[c], PRECISION),)
+        if grad_k_ptr is not None:
+            grad_k = new_grad_k
+        if grad_v_ptr is not None:
+            grad_v = new_grad_v
 
     # a masked key's sums are meaningless, even infinite: they are dropped here, once, not in every tile
     real = offs_n < keys
@@ -165,10 +182,12 @@ def _attention_vjp_key_kernel(
     for c in tl.static_range(CHUNK):
         if first + c < cotangents:
             row = (((first + c) * batches + batch) * kv_heads + kv_head) * keys
-            dk = tl.where(real[:, None], grad_k[c] * scale, 0.0)
-            dv = tl.where(real[:, None], grad_v[c], 0.0)
-            store_rows(grad_k_ptr + row * HEAD_DIM, offs_n, keys, dk, HEAD_DIM, BLOCK_D)
-            store_rows(grad_v_ptr + row * V_DIM, offs_n, keys, dv, V_DIM, BLOCK_V)
+            if grad_k_ptr is not None:
+                dk = tl.where(real[:, None], grad_k[c] * scale, 0.0)
+                store_rows(grad_k_ptr + row * HEAD_DIM, offs_n, keys, dk, HEAD_DIM, BLOCK_D)
+            if grad_v_ptr is not None:
+                dv = tl.where(real[:, None], grad_v[c], 0.0)
+                store_rows(grad_v_ptr + row * V_DIM, offs_n, keys, dv, V_DIM, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
@@ -218,6 +237,7 @@ def _attention_vjp_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -269,11 +289,20 @@ def _attention_vjp_query_kernel(
             masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
             seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
         # [BLOCK_M, BLOCK_N]
-        s = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+        raw = row_products(
+            q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
+            HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+        )  # fmt: skip
+        s = logits(raw, scale, softcap)
         p = tl.where(seen, exp(s - lse), 0.0)
         new_grad_q = ()
         for c in tl.static_range(CHUNK):
-            dp = tl.dot(g[c], tl.trans(v), input_precision=PRECISION)
+            present = tl.where(first + c < cotangents, queries, 0)
+            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            dp = row_products(
+                g[c], v, g_base, offs_m, present, stride_gm, stride_gd,
+                v_base, cols, left, stride_vn, stride_vd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+            )  # fmt: skip
             ds = soften(p * (dp - mean[c]), s, softcap)
             new_grad_q = new_grad_q + (weigh(ds, k, grad_q[c], PRECISION),)
         grad_q = new_grad_q
@@ -285,6 +314,8 @@ def _attention_vjp_query_kernel(
             store_rows(grad_q_ptr + out, offs_m, queries, dq, HEAD_DIM, BLOCK_D)
 
 
+# bytes of a padded head from which grad_k and grad_v no longer fit the registers together
+_WIDE = 512
 KEY_CONFIGS = {
     (2, 64): (Blocks(32, 128, 2, 8, 2),),
     (2, 128): (Blocks(64, 128, 1, 8, 2), Blocks(32, 128, 1, 8, 2)),
@@ -317,8 +348,8 @@ def launch_key_gradients(
     """grad_k and grad_v; mean is D, (C, batch, heads, queries) float32."""
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
-    grad_k = k.new_empty((cotangents, *k.shape))
-    grad_v = v.new_empty((cotangents, *v.shape))
+    grad_k = torch.empty((cotangents, *k.shape), dtype=k.dtype, device=k.device)
+    grad_v = torch.empty((cotangents, *v.shape), dtype=v.dtype, device=v.device)
     if grad_k.numel() + grad_v.numel() == 0:
         return grad_k, grad_v
     arguments: dict[str, Any] = {
@@ -345,7 +376,12 @@ def launch_key_gradients(
     def programs(b: Blocks) -> int:
         return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
 
-    run(_attention_vjp_key_kernel, programs, arguments, (blocks,) if blocks else choices, q)
+    choices = (blocks,) if blocks else choices
+    if q.element_size() * max(padded(sizes.head_dim), padded(sizes.v_dim)) < _WIDE:
+        run(_attention_vjp_key_kernel, programs, arguments, choices, q)
+    else:
+        for absent in ("grad_k_ptr", "grad_v_ptr"):
+            run(_attention_vjp_key_kernel, programs, {**arguments, absent: None}, choices, q)
     return grad_k, grad_v
 
 
@@ -363,7 +399,7 @@ def launch_query_gradients(
     """grad_q; mean is D, (C, batch, heads, queries) float32."""
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
-    grad_q = q.new_empty((cotangents, *q.shape))
+    grad_q = torch.empty((cotangents, *q.shape), dtype=q.dtype, device=q.device)
     if grad_q.numel() == 0:
         return grad_q
     arguments: dict[str, Any] = {

@@ -51,6 +51,7 @@ from atp_fast.kernels.tiles import (
     logit_change,
     logits,
     queries_in_reach,
+    row_products,
     sigmoid_difference,
     store_rows,
     visible,
@@ -110,6 +111,7 @@ def _key_patch_effects_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -150,11 +152,17 @@ def _key_patch_effects_kernel(
         top = tl.load(top_key_ptr + row + offs_m, mask=offs_m < queries, other=-1)
         seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
         # [BLOCK_N, BLOCK_M]
-        raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        raw = row_products(
+            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, offs_m, queries, stride_qm, stride_qd,
+            HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+        )  # fmt: skip
         s = logits(raw, scale, softcap)
         x = tl.where(seen, s - lse, float("-inf"))
         p = exp(x)
-        raw_patched = tl.dot(k_corrupted, tl.trans(q), input_precision=PRECISION)
+        raw_patched = row_products(
+            k_corrupted, q, k_corrupted_ptr, offs_n, keys, stride_xn, stride_xd,
+            q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+        )  # fmt: skip
         w = key_weights(p, x, logit_change(raw_patched, raw, scale, softcap))
         w = tl.where(top[None, :] == offs_n[:, None], 0.0, w)
 
@@ -166,8 +174,11 @@ def _key_patch_effects_kernel(
             g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
             row_c = (first + c) * batches * heads * queries + row + offs_m
             mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
-            centred = tl.dot(v, tl.trans(g), input_precision=PRECISION) - mean
-            total = tl.sum(w * centred, 1)
+            dp = row_products(
+                v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
+                g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+            )  # fmt: skip
+            total = tl.sum(w * (dp - mean), 1)
             new_effect = new_effect + (effect[c] + total,)
         effect = new_effect
 
@@ -222,6 +233,7 @@ def _top_vectors_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -275,6 +287,7 @@ def _top_effects_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(keys, BLOCK_N)

@@ -15,6 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from atp_fast.kernels import tiles
+
+INTERPRETED: bool = not isinstance(tiles.exp, JITFunction)
+"""Whether TRITON_INTERPRET was set when the kernels were defined: then they run on CPU tensors, slowly."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
@@ -32,13 +38,19 @@ class Scoring(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Block sizes of one launch: queries, keys, cotangents per program; warps and pipeline stages."""
+    """Block sizes of one launch: queries, keys, cotangents per program; warps and pipeline stages.
+
+    width: columns that a product of rows takes at a time (tiles.row_products), whole rows by default.
+    since: the first NVIDIA compute capability, times 10, that the sizes are for.
+    """
 
     block_m: int
     block_n: int
     chunk: int
     num_warps: int
     num_stages: int
+    width: int = 256
+    since: int = 80
 
 
 Configs = Mapping[tuple[int, int], tuple[Blocks, ...]]
@@ -84,12 +96,13 @@ def padded(dim: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """input_precision of the products of float32 tiles.
 
-    float32 inputs: three TF32 products (error about 2**-21 of sum |x| |y|); float16 inputs: one, it holds them
-    exactly; AMD has full float32 matrix instructions. bfloat16 tiles ignore it.
+    float32 inputs: six bfloat16 products of three parts each, error about 2**-23 of sum |x| |y|, on the tensor cores
+    at the price of three TF32 products, which would keep 2**-21. float16 inputs: one TF32 product, it holds them
+    exactly. AMD has full float32 matrix instructions, the interpreter numpy. bfloat16 tiles ignore it.
     """
-    if torch.version.hip is not None:
+    if INTERPRETED or torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    return "bf16x6" if dtype == torch.float32 else "tf32"
 
 
 def never_negative_infinity(logsumexp: Tensor) -> Tensor:
@@ -136,7 +149,12 @@ def candidates(configs: Configs, dtype: torch.dtype, *dims: int) -> tuple[Blocks
 
 
 def _meta(blocks: Blocks) -> dict[str, int]:
-    return {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "CHUNK": blocks.chunk}
+    return {
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "CHUNK": blocks.chunk,
+        "WIDTH": blocks.width,
+    }
 
 
 @functools.cache

@@ -9,12 +9,54 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(base_ptr, offs_r, limit, stride_r, stride_d, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(base_ptr, offs_r, limit, stride_r, stride_d, DIM, BLOCK: tl.constexpr):
     """Rows offs_r of a matrix, [rows, BLOCK], zeros from row `limit` and from column DIM on."""
     offs_d = tl.arange(0, BLOCK)
     offsets = offs_r.to(tl.int64)[:, None] * stride_r + offs_d.to(tl.int64)[None, :] * stride_d
     inside = (offs_r < limit)[:, None] & (offs_d < DIM)[None, :]
     return tl.load(base_ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def row_products(
+    a,
+    b,
+    a_ptr,
+    offs_a,
+    limit_a,
+    stride_a,
+    stride_ad,
+    b_ptr,
+    offs_b,
+    limit_b,
+    stride_b,
+    stride_bd,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a @ b^T in float32, a and b rows of two matrices as load_rows gives them.
+
+    With WIDTH < BLOCK the rows are read again, WIDTH columns at a time: the parts into which a float32 product
+    splits its operands would not fit the registers for all columns, and a loop that is unrolled or works on what
+    was loaded before would be hoisted into just that.
+    """
+    if WIDTH >= BLOCK:
+        acc = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        acc = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
+        for start in range(0, DIM, WIDTH):
+            part_a = load_rows(
+                a_ptr + tl.cast(start, tl.int64) * stride_ad,
+                offs_a, limit_a, stride_a, stride_ad, DIM - start, WIDTH,
+            )  # fmt: skip
+            part_b = load_rows(
+                b_ptr + tl.cast(start, tl.int64) * stride_bd,
+                offs_b, limit_b, stride_b, stride_bd, DIM - start, WIDTH,
+            )  # fmt: skip
+            acc = tl.dot(part_a, tl.trans(part_b), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

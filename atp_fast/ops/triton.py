@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
-from atp_fast.kernels.attention import Outputs, _attention_fwd_kernel, launch_attention
+from atp_fast.kernels.attention import Outputs, launch_attention
 from atp_fast.kernels.attention_vjp import launch_attention_vjp
 from atp_fast.kernels.attention_vjp_effects import launch_attention_vjp_effects
 from atp_fast.kernels.key_patch_effects import launch_key_patch_effects
+from atp_fast.kernels.launch import INTERPRETED as INTERPRETED
 from atp_fast.kernels.launch import Scoring as KernelScoring
 from atp_fast.kernels.node_effects import launch_node_effects
 from atp_fast.kernels.query_patch_effects import launch_query_patch_effects
 from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring
-
-INTERPRETED: bool = not isinstance(_attention_fwd_kernel, JITFunction)
-"""Whether TRITON_INTERPRET was set when the kernels were defined: then they take CPU tensors."""
 
 
 def _outputs(stats: AttentionStats) -> Outputs:
@@ -40,14 +37,20 @@ def attention_vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q, grad_k, grad_v) of every cotangent."""
     rows = _outputs(stats)
-    return launch_attention_vjp(q, k, v, rows.z, rows.logsumexp, grad_z, KernelScoring(*scoring))
+    grads: tuple[Tensor, Tensor, Tensor] = launch_attention_vjp(
+        q, k, v, rows.z, rows.logsumexp, grad_z, KernelScoring(*scoring)
+    )
+    return grads
 
 
 def query_patch_effects(
     q: Tensor, k: Tensor, v: Tensor, q_corrupted: Tensor, grad_z: Tensor, scoring: Scoring
 ) -> Tensor:
     """Signed, (C, batch, queries, heads)."""
-    return launch_query_patch_effects(q, k, v, q_corrupted, grad_z, KernelScoring(*scoring))
+    effects: Tensor = launch_query_patch_effects(
+        q, k, v, q_corrupted, grad_z, KernelScoring(*scoring)
+    )
+    return effects
 
 
 def key_patch_effects(
@@ -60,9 +63,10 @@ def key_patch_effects(
     scoring: Scoring,
 ) -> Tensor:
     """Signed, (C, batch, keys, kv_heads)."""
-    return launch_key_patch_effects(
+    effects: Tensor = launch_key_patch_effects(
         q, k, v, k_corrupted, grad_z, _outputs(stats), KernelScoring(*scoring)
     )
+    return effects
 
 
 def attention_vjp_effects(
@@ -85,4 +89,5 @@ def attention_vjp_effects(
 
 def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
     """Sum over C of weight * |I|, or the signed I."""
-    return launch_node_effects(delta, grad, weights)
+    effects: Tensor = launch_node_effects(delta, grad, weights)
+    return effects

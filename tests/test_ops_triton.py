@@ -1,0 +1,202 @@
+"""The Triton backend in the matrix op x dtype x shape, in Triton's interpreter, which needs no GPU.
+
+The interpreter's mode is fixed when the kernels are defined, so the tests live in a process with TRITON_INTERPRET
+set: `make test-interpret`, or the one test that the file holds without it. Green means that the index arithmetic and
+the formulas are right; races, and what the compiler does, it cannot show (test_kernels_compile.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import op_cases
+from atp_fast import ops
+from atp_fast.kernels.attention import launch_attention
+from atp_fast.kernels.attention_vjp import launch_key_gradients, launch_query_gradients
+from atp_fast.kernels.key_patch_effects import launch_other_effects, launch_top_effects
+from atp_fast.kernels.launch import Blocks, Scoring, sizes_of
+from atp_fast.kernels.row_dots import launch_row_dots
+from atp_fast.ops import reference, triton
+
+BY_NAME = {case.name: case for case in op_cases.CASES}
+# a case takes the interpreter about a second: left out is what others cover
+FLOAT32 = BY_NAME.keys() - {"T15", "T31", "T63", "T67", "T150-B2-H3", "transposed", "padding"}
+FLOAT16 = ["T1", "T65", "gqa", "Dv40", "sliced", "masked-sinks", "spread20"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def _product_in_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b as the compiler's "bf16x6" computes it: three bfloat16 parts each, six products summed in float32."""
+
+    def parts(x: np.ndarray) -> list[Tensor]:
+        rest, found = torch.from_numpy(np.ascontiguousarray(x)), []
+        for _ in range(3):
+            found.append(rest.to(torch.bfloat16).float())
+            rest = rest - found[-1]
+        return found
+
+    (a0, a1, a2), (b0, b1, b2) = parts(a), parts(b)
+    small = a1 @ b1 + a0 @ b2 + a2 @ b0
+    return ((small + (a0 @ b1 + a1 @ b0)) + a0 @ b0).numpy()
+
+
+if not triton.INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+    def test_it_needs_cuda_tensors() -> None:
+        x = torch.zeros(1, 1, 2, 8)
+        with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):
+            ops.attention(x, x, x, backend="triton")
+
+else:
+
+    @pytest.mark.parametrize("op", ["attention", "attention_vjp_effects"])
+    @pytest.mark.parametrize("name", sorted(FLOAT32))
+    def test_float32(op: str, name: str) -> None:
+        with op_cases.guarded_outputs():
+            op_cases.check(op, op_cases.make_inputs(BY_NAME[name], torch.float32), "triton")
+
+    @pytest.mark.parametrize("op", ["attention", "attention_vjp_effects"])
+    @pytest.mark.parametrize("name", FLOAT16)
+    def test_float16(op: str, name: str) -> None:
+        with op_cases.guarded_outputs():
+            op_cases.check(op, op_cases.make_inputs(BY_NAME[name], torch.float16), "triton")
+
+    @pytest.mark.parametrize("name", ["T16", "gqa", "no-queries"])
+    def test_separate_ops_are_the_fused_one(name: str) -> None:
+        x = op_cases.make_inputs(BY_NAME[name], torch.float32)
+        parts = [
+            op_cases.run(op, x, "triton")
+            for op in ("attention_vjp", "query_patch_effects", "key_patch_effects")
+        ]
+        _same(parts[0] | parts[1] | parts[2], op_cases.run("attention_vjp_effects", x, "triton"))
+
+    @pytest.mark.parametrize("name", ["D20", "softcap", "left"])
+    def test_identical_prompts_have_no_effect(name: str) -> None:
+        x = op_cases.make_inputs(BY_NAME[name], torch.float32)
+        x = x._replace(q_corrupted=x.q.clone(), k_corrupted=x.k.clone())
+        got = op_cases.run("attention_vjp_effects", x, "triton")
+        assert (got["effect_q"] == 0).all()
+        assert (got["effect_k"] == 0).all()
+
+    @pytest.mark.parametrize("name", ["T32", "spread60"])
+    def test_float32_products_in_bfloat16_parts_are_exact_enough(
+        name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        products = 0
+
+        def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+            nonlocal products
+            products += 1
+            return TensorHandle(_product_in_parts(a.data, b.data) + d.data, d.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        x = op_cases.make_inputs(BY_NAME[name], torch.float32)
+        op_cases.check("attention", x, "triton")
+        op_cases.check("attention_vjp_effects", x, "triton")
+        assert products > 0
+
+    @pytest.mark.parametrize(
+        "blocks",
+        [Blocks(16, 16, 1, 4, 1), Blocks(32, 16, 3, 4, 1), Blocks(16, 32, 2, 4, 1, 16)],
+        ids=str,
+    )
+    def test_block_sizes_change_rounding_only(blocks: Blocks) -> None:
+        x = op_cases.make_inputs(BY_NAME["everything"], torch.float32)
+        scoring = Scoring(*x.scoring)
+        exact = x.to(torch.float64)
+        truth = op_cases.run("attention_vjp_effects", exact, "reference")
+        stats = launch_attention(x.q, x.k, x.v, scoring, blocks=blocks)
+        (mean,) = launch_row_dots(x.grad_z, stats.z, blocks=Blocks(8, 1, 1, 4, 1))
+        rows = (x.grad_z, stats.logsumexp, mean, scoring)
+        grad_k, grad_v = launch_key_gradients(x.q, x.k, x.v, *rows, blocks=blocks)
+        got = {
+            "grad_q": launch_query_gradients(x.q, x.k, x.v, *rows, blocks=blocks),
+            "grad_k": grad_k,
+            "grad_v": grad_v,
+        }
+        for name, y in got.items():
+            torch.testing.assert_close(y.double(), truth[name], rtol=1e-5, atol=1e-5)
+        default = launch_attention(x.q, x.k, x.v, scoring)
+        others = (
+            launch_other_effects(
+                x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats, mean, scoring, blocks=choice
+            )
+            for choice in (blocks, None)
+        )
+        torch.testing.assert_close(*others, rtol=1e-5, atol=1e-5)
+        assert torch.equal(stats.top_key, default.top_key)
+
+    def test_top_parts_are_summed_by_key() -> None:
+        x = op_cases.make_inputs(BY_NAME["gqa"], torch.float32)
+        sizes = sizes_of(x.q, x.k, x.v)
+        top = launch_attention(x.q, x.k, x.v, Scoring(*x.scoring)).top_key
+        part = torch.randint(-8, 9, (20, *top.shape)).float()
+        want = torch.zeros(20, sizes.batch, sizes.heads, sizes.keys).scatter_add_(
+            -1, top.expand_as(part), part
+        )
+        want = reference.ungrouped(want, sizes.kv_heads, 2).transpose(-1, -2)
+        assert torch.equal(launch_top_effects(part, top, sizes, Scoring(*x.scoring)), want)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("weighted", [False, True], ids=["signed", "weighted"])
+    @pytest.mark.parametrize(
+        "shape",
+        [(0, 4), (3,), (5, 1), (2, 7, 5, 6), (2, 5000, 1), (3, 1500), (2, 3, 2, 2, 3, 4)],
+        ids=str,
+    )
+    def test_node_effects(shape: tuple[int, ...], weighted: bool, dtype: torch.dtype) -> None:
+        rng = torch.Generator().manual_seed(1)
+        delta = torch.randn(shape, generator=rng).to(dtype)
+        grad = torch.randn((3, *shape), generator=rng).to(dtype)
+        weights = torch.rand(3, generator=rng) if weighted else None
+        layouts = [(delta, grad)]
+        if len(shape) == 4:
+            layouts.append((delta.transpose(1, 2), grad.transpose(2, 3)))
+            layouts.append((delta[:, ::2, 1:, ::2], grad[:, :, ::2, 1:, ::2]))
+            layouts.append((delta[:, :1].expand(shape), grad[:1].expand_as(grad)))
+        for x, g in layouts:
+            with op_cases.guarded_outputs():
+                got = ops.node_effects(x, g, weights=weights, backend="triton")
+            truth = reference.node_effects(x.double(), g.double(), weights)
+            scale = (x.double() * g.double()).abs().sum(-1)
+            if weights is not None:
+                scale = torch.tensordot(weights.double(), scale, dims=1)
+            assert got.dtype == torch.float32
+            assert ((got - truth).abs() <= 8 * torch.finfo(torch.float32).eps * scale).all()
+
+    def test_float64_is_refused() -> None:
+        x = torch.zeros(1, 1, 2, 8, dtype=torch.float64)
+        with pytest.raises(ValueError, match="q must be float32, bfloat16 or float16"):
+            ops.attention(x, x, x, backend="triton")
+        with pytest.raises(ValueError, match="delta must be float32, bfloat16 or float16"):
+            ops.node_effects(x[0], x, backend="triton")
+
+    def test_wide_heads_are_refused() -> None:
+        x = torch.zeros(1, 1, 2, 257)
+        with pytest.raises(ValueError, match="q's head_dim must be at most 256"):
+            ops.attention(x, x, x, backend="triton")
