@@ -1,0 +1,128 @@
+"""Peak memory of sweeps and of exact patching, measured in a process of its own: prints one JSON list.
+
+Arguments: a model of MODELS, then one JSON object per call. The first call is made once before it is measured, so that
+what libraries set up on first use is not counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import atp_fast.engine
+import atp_fast.patching
+from atp_fast import Engine, PromptPairs
+from atp_fast.memory import estimate_sweep, patched_rows, plan_sweep
+from atp_fast.nodes import ATTENTION_KINDS, KINDS
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {**_COMMON, "intermediate_size": 2048},
+    "llama": {**_COMMON, "intermediate_size": 1408, "num_key_value_heads": 2},
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **MODELS[name])
+    )
+    return model.eval()
+
+
+def make_pairs(count: int, positions: int, shared: int) -> PromptPairs:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(0, 63, (count, positions), generator=generator)
+    corrupted = (clean + 1) % 63
+    corrupted[:, :shared] = clean[:, :shared]
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return PromptPairs(clean, corrupted, zeros, zeros + 1)
+
+
+def every_position(logits: Tensor, pairs: PromptPairs) -> Tensor:
+    return logits.logsumexp(-1).sum(1)
+
+
+def resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def reset_peak() -> int:
+    """Give freed memory back and set the kernel's peak to the present; returns it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmHWM")
+
+
+def sweep_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
+    """Of Engine.attribute: peak bytes beyond the model and the scores, the estimate, and the plan."""
+    engine = Engine(model, precision=case.get("precision"), memory_budget=case["budget"])
+    pairs = make_pairs(case["pairs"], case["positions"], case.get("shared", 0))
+    kinds = ATTENTION_KINDS if case.get("attention") else (*ATTENTION_KINDS, "neuron")
+    found: dict[str, Any] = {}
+
+    def spied(plug: Any, budget: Any, size: Any, **options: Any) -> Any:
+        plan = plan_sweep(plug, budget, size, **options)
+        found.update(plan=list(plan), estimate=estimate_sweep(plug, plan, size))
+        return plan
+
+    atp_fast.engine.plan_sweep = spied
+    metric = every_position if case.get("every_position") else "nll"
+    before = reset_peak()
+    result = engine.attribute(pairs, metric, case["method"], kinds, progress=False)
+    found["peak"] = resident("VmHWM") - before
+    tables = (*result.contribution.values(), *result.effect.values())
+    found["peak"] -= sum(t.nbytes for t in tables)
+    return found
+
+
+def patch_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
+    """Of Engine.patch on random nodes: peak bytes beyond the model, and the rows of each batch."""
+    engine = Engine(model, memory_budget=case["budget"])
+    pairs = make_pairs(case["pairs"], case["positions"], case.get("shared", 0))
+    space, random = engine.plug.space(case["positions"], KINDS), Random(0)
+    nodes = [space.node(random.randrange(len(space))) for _ in range(case["nodes"])]
+    rows: list[int] = []
+
+    def spied(*arguments: Any) -> int:
+        rows.append(patched_rows(*arguments))
+        return rows[-1]
+
+    atp_fast.patching.patched_rows = spied
+    metric = every_position if case.get("every_position") else "nll"
+    before = reset_peak()
+    engine.patch(pairs, nodes, metric, progress=False)
+    return {"peak": resident("VmHWM") - before, "rows": rows}
+
+
+def main() -> None:
+    model = build(sys.argv[1])
+    cases = [json.loads(text) for text in sys.argv[2:]]
+    print(
+        json.dumps([patch_peak(model, c) if "nodes" in c else sweep_peak(model, c) for c in cases])
+    )
+
+
+if __name__ == "__main__":
+    main()
