@@ -87,20 +87,24 @@ class Scores:
         effect: Tensor,
         kept: Tensor,
         rows: Tensor,
-        first: Tensor,
+        columns: slice | Tensor,
     ) -> None:
         """Add one layer's scores and effects, (pairs, positions, width), of the pairs `rows`.
 
-        first: (pairs,), the user's column of each pair's first position here; positions past the last column hold zeros.
+        columns: the user's columns of these positions, if they are the same for all pairs, or else the column of each
+        pair's first one, (pairs,), after whose last column positions hold zeros;
         kept: what per_pair keeps, score or effect.
         """
-        self.score[kind][layer] += self._in_columns(score, first).sum(0)
-        self.effect[kind][layer] += self._in_columns(effect, first).sum(0)
+        if isinstance(columns, Tensor):
+            score, effect, kept = (self._moved(x, columns) for x in (score, effect, kept))
+            columns = slice(None)
+        self.score[kind][layer, columns] += score.sum(0)
+        self.effect[kind][layer, columns] += effect.sum(0)
         if self.per_pair is not None:
-            self.per_pair[kind][rows, layer] = self._in_columns(kept, first)
+            self.per_pair[kind][rows, layer, columns] = kept
 
-    def _in_columns(self, x: Tensor, first: Tensor) -> Tensor:
-        """x (pairs, positions, width) moved to the user's columns: gathered, since scattering has no fixed order on CUDA."""
+    def _moved(self, x: Tensor, first: Tensor) -> Tensor:
+        """x (pairs, positions, width) in the user's columns: gathered, since scattering has no fixed order on CUDA."""
         source = torch.arange(self.space.positions, device=x.device) - first[:, None]
         here = (source >= 0) & (source < x.shape[1])
         index = source.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
@@ -140,7 +144,10 @@ def sweep(
         corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
     cotangents = cotangent[None]
     live = runs.differs()
-    first = runs.start + pairs.starts.to(plug.device)
+    columns: slice | Tensor = runs.start + pairs.starts.to(plug.device)
+    if len(first := set(pairs.starts.tolist())) == 1:
+        begin = runs.start + first.pop()
+        columns = slice(begin, begin + runs.positions)
     for number in reversed(range(len(plug.layers))):
         if bool(live.any()):
             while True:
@@ -161,7 +168,7 @@ def sweep(
             for kind, (score, effect) in found.items():
                 score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
                 kept = score if method.graddrop else effect
-                scores.add(kind, number, score, effect, kept, rows, first)
+                scores.add(kind, number, score, effect, kept, rows, columns)
         advance()
     return clean_value, corrupted_value
 
