@@ -1,23 +1,26 @@
-// Attention forward with the row statistics of the leave-one-out rule (ops/reference.py defines them).
+// Attention forward with the row statistics of the leave-one-out rule (ops/reference.py defines
+// them).
 //
-// One unit of work is a block of queries of one head; it visits the key blocks from left to right. The tile of
-// scores lies transposed, keys x queries, queries along the vector lanes, so that every per-row quantity is a
-// vector and none needs a reduction across lanes. Per row an online softmax is kept over everything but the best
-// key so far (other keys and the sink), with its own running maximum: when a tile brings a better key, the old
-// best is folded in. The best key enters at the very end, z = (1 - a) loo_z + a v_top. Statistics of the others
-// computed relative to the row's overall maximum instead would underflow in the saturated rows they are for.
-// Sums run in the accumulation type: 64 terms per tile, one rescaling per tile, so rounding grows with
-// keys / 64 and stays at a few eps.
-// Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
+// One unit of work is a block of queries of one head; it visits the key blocks from left to right.
+// The tile of scores lies transposed, keys x queries, queries along the vector lanes, so that every
+// per-row quantity is a vector and none needs a reduction across lanes. Per row an online softmax
+// is kept over everything but the best key so far (other keys and the sink), with its own running
+// maximum: when a tile brings a better key, the old best is folded in. The best key enters at the
+// very end, z = (1 - a) loo_z + a v_top. Statistics of the others computed relative to the row's
+// overall maximum instead would underflow in the saturated rows they are for. Sums run in the
+// accumulation type: 64 terms per tile, one rescaling per tile, so rounding grows with keys / 64
+// and stays at a few eps. Included once per instruction set, inside that set's namespace
+// (isa_*.cpp): no include guard.
 
 constexpr Index tile = 64;  // queries and keys per tile
 
-template <typename R> constexpr R infinity = std::numeric_limits<R>::infinity();
+template <typename R>
+constexpr R infinity = std::numeric_limits<R>::infinity();
 
 // Which keys the queries of a block see; key and query numbers are local to the tile.
 struct Visibility {
-    Index queries;      // in the block
-    Index position;     // of the block's first query, in keys
+    Index queries;              // in the block
+    Index position;             // of the block's first query, in keys
     Index first_key, last_key;  // keys some query of the block may see: [first_key, last_key)
     bool causal;
     Index window;
@@ -54,16 +57,19 @@ struct Visibility {
     }
 
     // First vector of queries that a block of key rows starting at key can need.
-    template <typename R> Index first_vector(Index key) const {
+    template <typename R>
+    Index first_vector(Index key) const {
         return causal ? std::max<Index>(0, key - position) / lanes<R> : 0;
     }
 };
 
-// Keys and values of one (batch, key/value head), packed for products; kept while units ask for the same.
-template <typename R> struct Packed {
+// Keys and values of one (batch, key/value head), packed for products; kept while units ask for the
+// same.
+template <typename R>
+struct Packed {
     R* data;
-    Index row;      // elements per row
-    Index rows;     // readable rows, zero beyond the tensor's
+    Index row;   // elements per row
+    Index rows;  // readable rows, zero beyond the tensor's
 
     static Index bytes(Index rows, Index width) {
         return round_up(rows, block_rows) * round_up(width, lanes<R>) * Index(sizeof(R));
@@ -80,17 +86,18 @@ template <typename R> struct Packed {
     }
 };
 
-// Whether rows can be read where they lie: of the right type, whole vectors, and not so spaced (multiples of
-// 4 KiB) that all of them compete for the same few lines of the first-level cache.
-template <typename R> bool readable(Dtype dtype, Index row_stride, Index step, Index count, Index width) {
+// Whether rows can be read where they lie: of the right type, whole vectors, and not so spaced
+// (multiples of 4 KiB) that all of them compete for the same few lines of the first-level cache.
+template <typename R>
+bool readable(Dtype dtype, Index row_stride, Index step, Index count, Index width) {
     return dtype == wide_dtype<R> && step == 1 && width % lanes<R> == 0 && count % lanes<R> == 0 &&
            (width == row_stride || row_stride * Index(sizeof(R)) % 4096 != 0);
 }
 
 // Rows of a tensor as rows of `out`, padded with zeros to whole vectors: in length, and in number.
 template <typename R>
-inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index row_stride, Index step,
-                      Index count, Index width) {
+inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index row_stride,
+                      Index step, Index count, Index width) {
     for (Index i = 0; i < count; ++i) {
         read_row(out + i * out_row, x.data, x.dtype, offset + i * row_stride, step, width);
         std::fill(out + i * out_row + width, out + (i + 1) * out_row, R(0));
@@ -98,7 +105,8 @@ inline void read_rows(R* out, Index out_row, const View& x, Index offset, Index 
     std::fill(out + count * out_row, out + round_up(count, lanes<R>) * out_row, R(0));
 }
 
-// out[d][i] = rows[i][d] for `vectors` whole vectors of rows i; width is the rows' length, whole vectors too.
+// out[d][i] = rows[i][d] for `vectors` whole vectors of rows i; width is the rows' length, whole
+// vectors too.
 template <typename R>
 inline void transpose(R* out, const R* rows, Index row_stride, Index width, Index vectors) {
     constexpr int w = lanes<R>;
@@ -112,16 +120,18 @@ inline void transpose(R* out, const R* rows, Index row_stride, Index width, Inde
 }
 
 // What every attention kernel knows about scores.
-template <typename R> struct Scores {
+template <typename R>
+struct Scores {
     Index depth;
     R scale, softcap;
 
     explicit Scores(const AttentionShape& shape)
         : depth(shape.head_dim), scale(R(shape.scale)), softcap(R(shape.softcap)) {}
 
-    // out[key][query] = score, for the vectors that some query needs; out's other places are left alone.
-    void compute(R* out, const Packed<R>& keys, Index key, Index count, const R* queries, Index vectors,
-                 const Visibility& seen) const {
+    // out[key][query] = score, for the vectors that some query needs; out's other places are left
+    // alone.
+    void compute(R* out, const Packed<R>& keys, Index key, Index count, const R* queries,
+                 Index vectors, const Visibility& seen) const {
         const auto ranges = [&](Index m) { return Range{seen.first_vector<R>(key + m), 0, depth}; };
         const auto finish = [&](Index m, Index n, auto& sums) {
             for (int i = 0; i < block_rows; ++i) {
@@ -133,11 +143,13 @@ template <typename R> struct Scores {
                 }
             }
         };
-        product(count, vectors, keys.data + key * keys.row, keys.row, Index(1), queries, tile, ranges, finish);
+        product(count, vectors, keys.data + key * keys.row, keys.row, Index(1), queries, tile,
+                ranges, finish);
     }
 };
 
-template <typename R> struct Attention {
+template <typename R>
+struct Attention {
     static constexpr int w = lanes<R>;
 
     AttentionCall call;
@@ -154,8 +166,12 @@ template <typename R> struct Attention {
     };
 
     explicit Attention(const AttentionCall& c)
-        : call(c), scores(c.shape), blocks((c.shape.queries + tile - 1) / tile),
-          units(c.shape.batch * c.shape.heads * blocks), scratch(nullptr), scratch_stride(0) {
+        : call(c),
+          scores(c.shape),
+          blocks((c.shape.queries + tile - 1) / tile),
+          units(c.shape.batch * c.shape.heads * blocks),
+          scratch(nullptr),
+          scratch_stride(0) {
         scratch_stride = carve(nullptr, nullptr);
     }
 
@@ -187,22 +203,26 @@ template <typename R> struct Attention {
         const Index wanted = b * s.kv_heads + kv_head;
         if (t.packed == wanted) return;
         const View &k = call.k, &v = call.v;
-        t.keys.fill(k, b * k.stride[0] + kv_head * k.stride[1], k.stride[2], k.stride[3], s.keys, s.head_dim);
-        t.values.fill(v, b * v.stride[0] + kv_head * v.stride[1], v.stride[2], v.stride[3], s.keys, s.value_dim);
+        t.keys.fill(k, b * k.stride[0] + kv_head * k.stride[1], k.stride[2], k.stride[3], s.keys,
+                    s.head_dim);
+        t.values.fill(v, b * v.stride[0] + kv_head * v.stride[1], v.stride[2], v.stride[3], s.keys,
+                      s.value_dim);
         t.packed = wanted;
     }
 
     void run(Index unit, Thread& t) const {
         const AttentionShape& s = call.shape;
         // the last query blocks see most keys: they go first, so that the threads end together
-        const Index block = blocks - 1 - unit % blocks, h = unit / blocks % s.heads, b = unit / blocks / s.heads;
+        const Index block = blocks - 1 - unit % blocks, h = unit / blocks % s.heads,
+                    b = unit / blocks / s.heads;
         const Index kv_head = h / (s.heads / s.kv_heads), first_query = block * tile;
         pack(t, b, kv_head);
         const Visibility seen(s, b, first_query);
         const Index vectors = (seen.queries + w - 1) / w, z_row = t.values.row;
         const View& q = call.q;
-        read_rows(t.rows, t.keys.row, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
-                  q.stride[2], q.stride[3], seen.queries, s.head_dim);
+        read_rows(t.rows, t.keys.row, q,
+                  b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2], q.stride[2],
+                  q.stride[3], seen.queries, s.head_dim);
         transpose(t.queries, t.rows, t.keys.row, t.keys.row, vectors);
 
         const R* sinks = static_cast<const R*>(s.sinks);
@@ -221,7 +241,8 @@ template <typename R> struct Attention {
     }
 
     // Sets the scores of keys a query does not see to -inf.
-    static void hide(R* tile_scores, Index key, Index count, Index vectors, const Visibility& seen) {
+    static void hide(R* tile_scores, Index key, Index count, Index vectors,
+                     const Visibility& seen) {
         const Int<R> number = lane_numbers<R>();
         for (Index j = 0; j < count; ++j) {
             Index low, high;
@@ -229,8 +250,7 @@ template <typename R> struct Attention {
             for (Index n = 0; n < vectors; ++n) {
                 R* at = tile_scores + j * tile + n * w;
                 const Int<R> i = number + Whole<R>(n * w);
-                const Int<R> keep = (i >= Whole<R>(low)) &
-                                    (i < Whole<R>(high));
+                const Int<R> keep = (i >= Whole<R>(low)) & (i < Whole<R>(high));
                 store(at, keep ? load(at) : splat(-infinity<R>));
             }
         }
@@ -264,7 +284,8 @@ template <typename R> struct Attention {
             // a new best key leaves the tile, its place among the others is taken by the old best
             for (int i = 0; i < w; ++i)
                 if (t.rise[n * w + i] >= 0) p[t.rise[n * w + i] * tile + n * w + i] = -infinity<R>;
-            Vec<R> sum = {};  // of the tile alone: small terms must not drown one by one in a large total
+            Vec<R> sum =
+                {};  // of the tile alone: small terms must not drown one by one in a large total
             for (Index j = 0; j < count; ++j) {
                 const Vec<R> e = exp<R>(load(p + j * tile + n * w) - base);
                 store(p + j * tile + n * w, e);
@@ -275,7 +296,8 @@ template <typename R> struct Attention {
         for (Index i = 0; i < seen.queries; ++i) {
             R* z = t.z + i * z_row;
             if (t.shrink[i] != 1)
-                for (Index n = 0; n < value_vectors; ++n) store(z + n * w, load(z + n * w) * t.shrink[i]);
+                for (Index n = 0; n < value_vectors; ++n)
+                    store(z + n * w, load(z + n * w) * t.shrink[i]);
             if (t.rise[i] < 0) continue;
             if (t.fold[i] != 0) {
                 const R* v = t.values.data + t.top[i] * z_row;
@@ -288,8 +310,8 @@ template <typename R> struct Attention {
             const Index end = seen.causal ? seen.position + m + block_rows - key : count;
             return Range{0, 0, std::min(count, std::max<Index>(0, end))};
         };
-        product(seen.queries, value_vectors, p, Index(1), tile, t.values.data + key * z_row, z_row, ranges,
-                AddTo<R>{t.z, z_row, seen.queries, false});
+        product(seen.queries, value_vectors, p, Index(1), tile, t.values.data + key * z_row, z_row,
+                ranges, AddTo<R>{t.z, z_row, seen.queries, false});
     }
 
     void finish(Thread& t, Index b, Index h, Index first_query, Index queries) const {
@@ -327,7 +349,8 @@ template <typename R> struct Attention {
 };
 
 // A thread's scratch starts with its Thread, which points to the rest.
-template <typename Op> void run_units(Op& op, int threads) {
+template <typename Op>
+void run_units(Op& op, int threads) {
     using Thread = typename Op::Thread;
     const Index head = round_up(Index(sizeof(Thread)), 64);
     const Index stride = head + op.scratch_stride;
@@ -343,7 +366,8 @@ template <typename Op> void run_units(Op& op, int threads) {
     parallel(op.units, threads, Op::unit, &op);
 }
 
-template <typename R> void attention(const AttentionCall& call, int threads) {
+template <typename R>
+void attention(const AttentionCall& call, int threads) {
     Attention<R> op(call);
     run_units(op, threads);
 }

@@ -1,19 +1,22 @@
-// Vector-Jacobian products of attention for many cotangents, and the exact effects of patching keys.
+// Vector-Jacobian products of attention for many cotangents, and the exact effects of patching
+// keys.
 //
-// Per tile (keys x queries, queries along the vector lanes) the weights p, the slope of the scores and the key
-// fix's weights w are computed once and serve every cotangent: per cotangent there remain the products
-// dP = v g^T, dV += p g, dK += dS q, dQ += dS^T k, with dS = p (dP - D) slope; a key's effect is the row sum of
-// w (dP - D). Cotangents and (batch, key/value head) pairs are independent, and a unit is a run of
-// cotangents of one such pair: within it heads, query blocks and key blocks come in a fixed order, so a result
-// depends neither on the threads nor on how cotangents are grouped. Sums run in the accumulation type, in
-// blocks of 64 terms.
+// Per tile (keys x queries, queries along the vector lanes) the weights p, the slope of the scores
+// and the key fix's weights w are computed once and serve every cotangent: per cotangent there
+// remain the products dP = v g^T, dV += p g, dK += dS q, dQ += dS^T k, with dS = p (dP - D) slope;
+// a key's effect is the row sum of w (dP - D). Cotangents and (batch, key/value head) pairs are
+// independent, and a unit is a run of cotangents of one such pair: within it heads, query blocks
+// and key blocks come in a fixed order, so a result depends neither on the threads nor on how
+// cotangents are grouped. Sums run in the accumulation type, in blocks of 64 terms.
 //
-// Key fix: with a = exp(s - lse) and E = exp(s' - lse), w = (a' - a)/(1 - a) = (E - a)/(E + 1 - a), exact
-// enough for every key but the row's top one, where 1 - a may vanish: there w = sigmoid(x') - sigmoid(x) with
-// x = s - loo_lse, against the mean of the others, dP - D_loo = (dP - D) + g . (z - loo_z).
-// Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
+// Key fix: with a = exp(s - lse) and E = exp(s' - lse), w = (a' - a)/(1 - a) = (E - a)/(E + 1 - a),
+// exact enough for every key but the row's top one, where 1 - a may vanish: there w = sigmoid(x') -
+// sigmoid(x) with x = s - loo_lse, against the mean of the others, dP - D_loo = (dP - D) + g . (z -
+// loo_z). Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
+// guard.
 
-template <typename R> struct AttentionBackward {
+template <typename R>
+struct AttentionBackward {
     static constexpr int w = lanes<R>;
     static constexpr Index most_cotangents = 16;  // of a unit
 
@@ -28,12 +31,12 @@ template <typename R> struct AttentionBackward {
         Index packed;
         Packed<R> keys, values, corrupted;
         Index begun;  // keys whose gradients hold something; the others' are still uninitialised
-        R *rows, *queries, *query_rows, *z, *z_minus_loo;         // of a query block
+        R *rows, *queries, *query_rows, *z, *z_minus_loo;  // of a query block
         R *lse, *loo_lse;
         Index* top;
-        R *grad, *grad_rows, *grad_q, *mean, *top_shift;          // of a query block, per cotangent
-        R *grad_k, *grad_v, *effect;                              // per cotangent
-        R *p, *slope, *weight, *moved, *ds;                       // tiles
+        R *grad, *grad_rows, *grad_q, *mean, *top_shift;  // of a query block, per cotangent
+        R *grad_k, *grad_v, *effect;                      // per cotangent
+        R *p, *slope, *weight, *moved, *ds;               // tiles
     };
 
     // A row whose top key lies in the tile.
@@ -43,7 +46,10 @@ template <typename R> struct AttentionBackward {
     };
 
     AttentionBackward(const BackwardCall& c, int threads)
-        : call(c), scores(c.shape), gradients(c.grad_q.data || c.grad_k.data || c.grad_v.data), effects(c.effect_k != nullptr) {
+        : call(c),
+          scores(c.shape),
+          gradients(c.grad_q.data || c.grad_k.data || c.grad_v.data),
+          effects(c.effect_k != nullptr) {
         const AttentionShape& s = call.shape;
         group = s.heads / s.kv_heads;
         blocks = (s.queries + tile - 1) / tile;
@@ -56,9 +62,9 @@ template <typename R> struct AttentionBackward {
         scratch_stride = carve(nullptr, nullptr);
     }
 
-    // Splits the cotangents where (batch, head) pairs alone would leave threads idle: every run of cotangents
-    // recomputes the tiles' weights, about three products against the four (one without gradients) of each
-    // cotangent. No cotangent's arithmetic depends on the choice.
+    // Splits the cotangents where (batch, head) pairs alone would leave threads idle: every run of
+    // cotangents recomputes the tiles' weights, about three products against the four (one without
+    // gradients) of each cotangent. No cotangent's arithmetic depends on the choice.
     void choose_chunks(int threads) {
         const Index pairs = call.shape.batch * call.shape.kv_heads, per = gradients ? 4 : 1;
         chunks = chunk = 0;
@@ -115,7 +121,8 @@ template <typename R> struct AttentionBackward {
         const Index wanted = b * s.kv_heads + kv_head;
         if (t.packed == wanted) return;
         const auto fill = [&](Packed<R>& to, const View& x, Index width) {
-            to.fill(x, b * x.stride[0] + kv_head * x.stride[1], x.stride[2], x.stride[3], s.keys, width);
+            to.fill(x, b * x.stride[0] + kv_head * x.stride[1], x.stride[2], x.stride[3], s.keys,
+                    width);
         };
         fill(t.keys, call.k, s.head_dim);
         fill(t.values, call.v, s.value_dim);
@@ -150,29 +157,35 @@ template <typename R> struct AttentionBackward {
         if (effects) std::fill(t.effect, t.effect + (last - first) * s.keys, R(0));
         t.begun = 0;
         for (Index h = kv_head * group; h < (kv_head + 1) * group; ++h)
-            for (Index block = 0; block < blocks; ++block) run_block(t, first, last, b, h, kv_head, block * tile);
+            for (Index block = 0; block < blocks; ++block)
+                run_block(t, first, last, b, h, kv_head, block * tile);
         begin(t, first, last, b, kv_head, s.keys);
         for (Index c = first; c < last; ++c) {
             if (gradients && !direct_k) {
                 const R* from = key_grad(t, c, first, b, kv_head);
                 for (Index j = 0; j < s.keys; ++j)
-                    write_row(call.grad_k, (output_row(c, b, kv_head) + j) * s.head_dim, from + j * depth, s.head_dim);
+                    write_row(call.grad_k, (output_row(c, b, kv_head) + j) * s.head_dim,
+                              from + j * depth, s.head_dim);
             }
             if (gradients && !direct_v) {
                 const R* from = value_grad(t, c, first, b, kv_head);
                 for (Index j = 0; j < s.keys; ++j)
-                    write_row(call.grad_v, (output_row(c, b, kv_head) + j) * s.value_dim, from + j * width, s.value_dim);
+                    write_row(call.grad_v, (output_row(c, b, kv_head) + j) * s.value_dim,
+                              from + j * width, s.value_dim);
             }
             if (effects) {
-                R* out = static_cast<R*>(call.effect_k) + (c * s.batch + b) * s.keys * s.kv_heads + kv_head;
-                for (Index j = 0; j < s.keys; ++j) out[j * s.kv_heads] = t.effect[(c - first) * s.keys + j];
+                R* out = static_cast<R*>(call.effect_k) + (c * s.batch + b) * s.keys * s.kv_heads +
+                         kv_head;
+                for (Index j = 0; j < s.keys; ++j)
+                    out[j * s.kv_heads] = t.effect[(c - first) * s.keys + j];
             }
         }
     }
 
     // Zeroes the gradients of the keys up to `end` that hold nothing yet.
     void begin(Thread& t, Index first, Index last, Index b, Index kv_head, Index end) const {
-        const Index depth = round_up(call.shape.head_dim, w), width = round_up(call.shape.value_dim, w);
+        const Index depth = round_up(call.shape.head_dim, w),
+                    width = round_up(call.shape.value_dim, w);
         if (end <= t.begun) return;
         for (Index c = first; gradients && c < last; ++c) {
             R* grad_k = key_grad(t, c, first, b, kv_head);
@@ -187,10 +200,12 @@ template <typename R> struct AttentionBackward {
     R* query_grad(Thread& t, Index c, Index first, Index row) const {
         const AttentionShape& s = call.shape;
         if (!direct_q) return t.grad_q + (c - first) * tile * round_up(s.head_dim, w);
-        return static_cast<R*>(call.grad_q.data) + (c * s.batch * s.heads * s.queries + row) * s.head_dim;
+        return static_cast<R*>(call.grad_q.data) +
+               (c * s.batch * s.heads * s.queries + row) * s.head_dim;
     }
 
-    void run_block(Thread& t, Index first, Index last, Index b, Index h, Index kv_head, Index first_query) const {
+    void run_block(Thread& t, Index first, Index last, Index b, Index h, Index kv_head,
+                   Index first_query) const {
         const AttentionShape& s = call.shape;
         const Visibility seen(s, b, first_query);
         const Index queries = seen.queries, vectors = (queries + w - 1) / w;
@@ -198,8 +213,9 @@ template <typename R> struct AttentionBackward {
         const Index row = (b * s.heads + h) * s.queries + first_query;
 
         const View& q = call.q;
-        read_rows(t.query_rows, depth, q, b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2],
-                  q.stride[2], q.stride[3], queries, s.head_dim);
+        read_rows(t.query_rows, depth, q,
+                  b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2], q.stride[2],
+                  q.stride[3], queries, s.head_dim);
         transpose(t.queries, t.query_rows, depth, depth, vectors);
         const View wide_z = rows_of(call.wide_z), loo_z = rows_of(call.loo_z);
         read_rows(t.rows, width, wide_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
@@ -209,10 +225,12 @@ template <typename R> struct AttentionBackward {
             t.lse[i] = lse == -infinity<R> ? 0 : lse;
         }
         if (effects) {
-            read_rows(t.rows, width, loo_z, row * s.value_dim, s.value_dim, 1, queries, s.value_dim);
+            read_rows(t.rows, width, loo_z, row * s.value_dim, s.value_dim, 1, queries,
+                      s.value_dim);
             transpose(t.z_minus_loo, t.rows, width, width, vectors);
             for (Index d = 0; d < width; ++d)
-                for (Index i = d * tile; i < d * tile + vectors * w; ++i) t.z_minus_loo[i] = t.z[i] - t.z_minus_loo[i];
+                for (Index i = d * tile; i < d * tile + vectors * w; ++i)
+                    t.z_minus_loo[i] = t.z[i] - t.z_minus_loo[i];
             for (Index i = 0; i < queries; ++i) {
                 t.loo_lse[i] = static_cast<const R*>(call.loo_logsumexp)[row + i];
                 t.top[i] = call.top_key[row + i];
@@ -225,16 +243,19 @@ template <typename R> struct AttentionBackward {
         for (Index c = first; c < last; ++c) {
             R* rows = t.grad_rows + (c - first) * tile * width;
             R* grad = t.grad + (c - first) * width * tile;
-            const Index at = c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3];
+            const Index at =
+                c * g.stride[0] + b * g.stride[1] + h * g.stride[2] + first_query * g.stride[3];
             if (in_place && c + 1 < last) {
                 const R* next = static_cast<const R*>(g.data) + at + g.stride[0];
                 for (Index i = 0; i < queries; ++i) prefetch<0>(next + i * grad_row, width);
             }
-            if (!in_place) read_rows(rows, width, g, at, g.stride[3], g.stride[4], queries, s.value_dim);
+            if (!in_place)
+                read_rows(rows, width, g, at, g.stride[3], g.stride[4], queries, s.value_dim);
             grad_rows[c - first] = in_place ? static_cast<const R*>(g.data) + at : rows;
             transpose(grad, grad_rows[c - first], grad_row, width, vectors);
             column_dots(t.mean + (c - first) * tile, grad, t.z, vectors);
-            if (effects) column_dots(t.top_shift + (c - first) * tile, grad, t.z_minus_loo, vectors);
+            if (effects)
+                column_dots(t.top_shift + (c - first) * tile, grad, t.z_minus_loo, vectors);
         }
 
         bool fresh_q = true;
@@ -261,18 +282,21 @@ template <typename R> struct AttentionBackward {
                     R* grad_v = value_grad(t, c, first, b, kv_head) + key * width;
                     R* grad_q = query_grad(t, c, first, row);
                     const auto from_key = [&](Index m) {
-                        return Range{0, seen.causal ? std::max<Index>(0, key + m - seen.position) : 0, queries};
+                        return Range{0,
+                                     seen.causal ? std::max<Index>(0, key + m - seen.position) : 0,
+                                     queries};
                     };
                     const auto to_query = [&](Index m) {
-                        const Index end = seen.causal ? seen.position + m + block_rows - key : count;
+                        const Index end =
+                            seen.causal ? seen.position + m + block_rows - key : count;
                         return Range{0, 0, std::min(count, std::max<Index>(0, end))};
                     };
-                    product(count, width / w, t.p, tile, Index(1), grad_rows[c - first], grad_row, from_key,
-                            AddTo<R>{grad_v, width, count, fresh_k});
+                    product(count, width / w, t.p, tile, Index(1), grad_rows[c - first], grad_row,
+                            from_key, AddTo<R>{grad_v, width, count, fresh_k});
                     product(count, depth / w, t.ds, tile, Index(1), t.query_rows, depth, from_key,
                             AddTo<R>{grad_k, depth, count, fresh_k});
-                    product(queries, depth / w, t.ds, Index(1), tile, t.keys.data + key * depth, depth, to_query,
-                            AddTo<R>{grad_q, depth, queries, fresh_q});
+                    product(queries, depth / w, t.ds, Index(1), tile, t.keys.data + key * depth,
+                            depth, to_query, AddTo<R>{grad_q, depth, queries, fresh_q});
                 }
                 for (Index i = 0; i < found; ++i)
                     t.effect[(c - first) * s.keys + tops[i].key] +=
@@ -291,7 +315,8 @@ template <typename R> struct AttentionBackward {
         }
     }
 
-    // A statistic of the value dimension, contiguous in the accumulation type, as a tensor to read rows of.
+    // A statistic of the value dimension, contiguous in the accumulation type, as a tensor to read
+    // rows of.
     static View rows_of(const void* data) {
         View view;
         view.data = const_cast<void*>(data);
@@ -309,8 +334,10 @@ template <typename R> struct AttentionBackward {
         }
     }
 
-    // Computes the tile's p, slope and w; the rows whose top key is in it go to tops. Returns their number.
-    Index weigh(Thread& t, Top* tops, Index key, Index count, Index vectors, const Visibility& seen) const {
+    // Computes the tile's p, slope and w; the rows whose top key is in it go to tops. Returns their
+    // number.
+    Index weigh(Thread& t, Top* tops, Index key, Index count, Index vectors,
+                const Visibility& seen) const {
         scores.compute(t.p, t.keys, key, count, t.queries, vectors, seen);
         Index found = 0;
         if (effects) {
@@ -319,7 +346,9 @@ template <typename R> struct AttentionBackward {
                 const Index j = t.top[i] - key;
                 if (j < 0 || j >= count) continue;
                 const R score = t.p[j * tile + i];
-                tops[found++] = {t.top[i], i, sigmoid_difference(score - t.loo_lse[i], t.moved[j * tile + i] - score)};
+                tops[found++] = {
+                    t.top[i], i,
+                    sigmoid_difference(score - t.loo_lse[i], t.moved[j * tile + i] - score)};
             }
         }
         const bool partial = seen.partial(key, count);
@@ -328,10 +357,12 @@ template <typename R> struct AttentionBackward {
         for (Index j = 0; j < round_up(count, block_rows); ++j) {
             Index low = 0, high = 0;
             if (j < count) seen.of(key + j, low, high);
-            for (Index n = seen.first_vector<R>(key + j / block_rows * block_rows); n < vectors; ++n) {
+            for (Index n = seen.first_vector<R>(key + j / block_rows * block_rows); n < vectors;
+                 ++n) {
                 const Index at = j * tile + n * w;
                 const Vec<R> score = load(t.p + at), lse = load(t.lse + n * w);
-                Int<R> keep = (number + Whole<R>(n * w) >= Whole<R>(low)) & (number + Whole<R>(n * w) < Whole<R>(high));
+                Int<R> keep = (number + Whole<R>(n * w) >= Whole<R>(low)) &
+                              (number + Whole<R>(n * w) < Whole<R>(high));
                 if (!partial && j < count) keep = ~Int<R>{};
                 // hidden scores may be anything; what is seen has score <= lse up to rounding
                 const Vec<R> p = keep ? exp<R>(score - lse) : Vec<R>{};
@@ -349,7 +380,8 @@ template <typename R> struct AttentionBackward {
                 store(t.weight + at, keep ? rise / (moved_p + (1 - p)) : Vec<R>{});
             }
         }
-        for (Index i = 0; i < found; ++i) t.weight[(tops[i].key - key) * tile + tops[i].query] = tops[i].weight;
+        for (Index i = 0; i < found; ++i)
+            t.weight[(tops[i].key - key) * tile + tops[i].query] = tops[i].weight;
         return found;
     }
 
@@ -358,11 +390,13 @@ template <typename R> struct AttentionBackward {
         if (x == infinity<R>) return 0;
         const R y = x + change;
         const auto sigmoid = [](R u) { return 1 / (1 + std::exp(-u)); };
-        return change > 0 ? sigmoid(y) * sigmoid(-x) * -std::expm1(-change) : sigmoid(x) * sigmoid(-y) * std::expm1(change);
+        return change > 0 ? sigmoid(y) * sigmoid(-x) * -std::expm1(-change)
+                          : sigmoid(x) * sigmoid(-y) * std::expm1(change);
     }
 
     // dP - D of one cotangent, from which dS and the keys' effects.
-    void add_tile(Thread& t, Index c, Index key, Index count, Index vectors, const Visibility& seen) const {
+    void add_tile(Thread& t, Index c, Index key, Index count, Index vectors,
+                  const Visibility& seen) const {
         const R* mean = t.mean + c * tile;
         const R* slope = scores.softcap > 0 ? t.slope : t.p;
         const R factor = scores.softcap > 0 ? R(1) : scores.scale;
@@ -370,7 +404,8 @@ template <typename R> struct AttentionBackward {
         const auto ranges = [&](Index m) {
             const Range range{seen.first_vector<R>(key + m), 0, call.shape.value_dim};
             if (gradients)
-                for (int i = 0; i < block_rows; ++i) std::fill(t.ds + (m + i) * tile, t.ds + (m + i) * tile + range.first * w, R(0));
+                for (int i = 0; i < block_rows; ++i)
+                    std::fill(t.ds + (m + i) * tile, t.ds + (m + i) * tile + range.first * w, R(0));
             return range;
         };
         const auto finish = [&](Index m, Index n, auto& sums) {
@@ -396,9 +431,12 @@ template <typename R> struct AttentionBackward {
     }
 };
 
-template <typename R> void attention_backward(const BackwardCall& call, int threads) {
+template <typename R>
+void attention_backward(const BackwardCall& call, int threads) {
     const AttentionShape& s = call.shape;
-    const Index size = call.grad_z.dtype == Dtype::float64 ? 8 : call.grad_z.dtype == Dtype::float32 ? 4 : 2;
+    const Index size = call.grad_z.dtype == Dtype::float64   ? 8
+                       : call.grad_z.dtype == Dtype::float32 ? 4
+                                                             : 2;
     const Index batches = call.cotangents * s.batch * size, pairs = batches * s.kv_heads * s.keys;
     prefer_large_pages(call.grad_q.data, batches * s.heads * s.queries * s.head_dim);
     prefer_large_pages(call.grad_k.data, pairs * s.head_dim);

@@ -1,5 +1,5 @@
-// Every line of pybind11 in the project: addresses, strides and sizes in, calls of the chosen kernels out.
-// The callers in atp_fast/ops/cpp.py allocate, check, and keep the tensors alive.
+// Every line of pybind11 in the project: addresses, strides and sizes in, calls of the chosen
+// kernels out. The callers in atp_fast/ops/cpp.py allocate, check, and keep the tensors alive.
 #include "common.h"
 
 #include <pybind11/pybind11.h>
@@ -28,7 +28,8 @@ std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(kernels_avx512());
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(kernels_avx2());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found.push_back(kernels_avx2());
 #endif
     found.push_back(kernels_portable());
     return found;
@@ -89,7 +90,10 @@ View view(const Passed& passed) {
     return out;
 }
 
-template <typename T> T* at(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+template <typename T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 // (scale, causal, window or 0, softcap or 0, address of sinks or 0, address of key_mask or 0)
 using PassedScoring = std::tuple<double, bool, Index, double, std::uintptr_t, std::uintptr_t>;
@@ -97,34 +101,67 @@ using PassedScoring = std::tuple<double, bool, Index, double, std::uintptr_t, st
 AttentionShape shape(const std::array<Index, 7>& sizes, const PassedScoring& scoring) {
     const auto& [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = sizes;
     const auto& [scale, causal, window, softcap, sinks, key_mask] = scoring;
-    return {batch,  heads,  kv_heads, queries, keys, head_dim, value_dim, scale,
-            causal, window, softcap,  at<void>(sinks), at<std::uint8_t>(key_mask)};
+    return {batch,
+            heads,
+            kv_heads,
+            queries,
+            keys,
+            head_dim,
+            value_dim,
+            scale,
+            causal,
+            window,
+            softcap,
+            at<void>(sinks),
+            at<std::uint8_t>(key_mask)};
 }
 
 // (wide_z, logsumexp, top_key, loo_logsumexp, loo_z)
 using PassedStats = std::array<std::uintptr_t, 5>;
 
 void attention(const std::array<Index, 7>& sizes, const PassedScoring& scoring, const Passed& q,
-               const Passed& k, const Passed& v, const Passed& z, const PassedStats& stats, int threads) {
-    const AttentionCall call{shape(sizes, scoring), view(q), view(k), view(v), view(z), at<void>(stats[0]),
-                             at<void>(stats[1]), at<std::int64_t>(stats[2]), at<void>(stats[3]),
+               const Passed& k, const Passed& v, const Passed& z, const PassedStats& stats,
+               int threads) {
+    const AttentionCall call{shape(sizes, scoring),
+                             view(q),
+                             view(k),
+                             view(v),
+                             view(z),
+                             at<void>(stats[0]),
+                             at<void>(stats[1]),
+                             at<std::int64_t>(stats[2]),
+                             at<void>(stats[3]),
                              at<void>(stats[4])};
     kernels().attention[slot(call.q.dtype)](call, threads);
 }
 
-void attention_backward(const std::array<Index, 7>& sizes, Index cotangents, const PassedScoring& scoring,
-                        const Passed& q, const Passed& k, const Passed& v, const Passed& k_corrupted,
-                        const Passed& grad_z, const PassedStats& stats, const Passed& grad_q,
-                        const Passed& grad_k, const Passed& grad_v, std::uintptr_t effect_k, int threads) {
-    const BackwardCall call{shape(sizes, scoring), cotangents, view(q), view(k), view(v), view(k_corrupted),
-                            view(grad_z), at<void>(stats[0]), at<void>(stats[1]),
-                            at<std::int64_t>(stats[2]), at<void>(stats[3]), at<void>(stats[4]),
-                            view(grad_q), view(grad_k), view(grad_v), at<void>(effect_k)};
+void attention_backward(const std::array<Index, 7>& sizes, Index cotangents,
+                        const PassedScoring& scoring, const Passed& q, const Passed& k,
+                        const Passed& v, const Passed& k_corrupted, const Passed& grad_z,
+                        const PassedStats& stats, const Passed& grad_q, const Passed& grad_k,
+                        const Passed& grad_v, std::uintptr_t effect_k, int threads) {
+    const BackwardCall call{shape(sizes, scoring),
+                            cotangents,
+                            view(q),
+                            view(k),
+                            view(v),
+                            view(k_corrupted),
+                            view(grad_z),
+                            at<void>(stats[0]),
+                            at<void>(stats[1]),
+                            at<std::int64_t>(stats[2]),
+                            at<void>(stats[3]),
+                            at<void>(stats[4]),
+                            view(grad_q),
+                            view(grad_k),
+                            view(grad_v),
+                            at<void>(effect_k)};
     kernels().attention_backward[slot(call.q.dtype)](call, threads);
 }
 
 void exponential(std::uintptr_t in, std::uintptr_t out, Index count, bool wide) {
-    kernels().exponential[wide](reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), count);
+    kernels().exponential[wide](reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out),
+                                count);
 }
 
 }  // namespace

@@ -9,7 +9,8 @@ using Index = std::int64_t;
 
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// A tensor somebody else owns: address, element type, strides in elements (any sign, 0 when expanded).
+// A tensor somebody else owns: address, element type, strides in elements (any sign, 0 when
+// expanded).
 struct View {
     void* data = nullptr;
     Dtype dtype = Dtype::float32;
@@ -21,9 +22,9 @@ struct AttentionShape {
     Index batch, heads, kv_heads, queries, keys, head_dim, value_dim;
     double scale;
     bool causal;
-    Index window;            // 0: none
-    double softcap;          // 0: none
-    const void* sinks;       // (heads,) in the accumulation type, or null
+    Index window;                  // 0: none
+    double softcap;                // 0: none
+    const void* sinks;             // (heads,) in the accumulation type, or null
     const std::uint8_t* key_mask;  // (batch, keys), 0 on keys nobody may see, or null
 };
 
@@ -71,7 +72,7 @@ struct NodeEffectsCall {
 // The kernels of one instruction set; the first template argument of each is the accumulation type.
 struct Kernels {
     const char* name;
-    void (*attention[2])(const AttentionCall&, int threads);        // float, double
+    void (*attention[2])(const AttentionCall&, int threads);  // float, double
     void (*attention_backward[2])(const BackwardCall&, int threads);
     void (*node_effects[2])(const NodeEffectsCall&, int threads);
     void (*exponential[2])(const void* in, void* out, Index count);
@@ -84,7 +85,8 @@ const Kernels* kernels_portable();
 // Runs body(context, unit, thread) for every unit in [0, units), units handed out in order.
 void parallel(Index units, int threads, void (*body)(void*, Index, int), void* context);
 
-// Asks for large pages behind a fresh output: a fault per 4 KiB costs a quarter of a large vjp's time.
+// Asks for large pages behind a fresh output: a fault per 4 KiB costs a quarter of a large vjp's
+// time.
 void prefer_large_pages(void* data, Index bytes);
 
 // Memory of one call: 64-byte aligned, freed at the end of the scope; throws std::bad_alloc.

@@ -76,10 +76,12 @@ template <typename R>
 inline void write_row(const View& out, Index offset, const R* in, Index count) {
     switch (out.dtype) {
         case Dtype::float32:
-            for (Index i = 0; i < count; ++i) static_cast<float*>(out.data)[offset + i] = float(in[i]);
+            for (Index i = 0; i < count; ++i)
+                static_cast<float*>(out.data)[offset + i] = float(in[i]);
             return;
         case Dtype::float64:
-            for (Index i = 0; i < count; ++i) static_cast<double*>(out.data)[offset + i] = double(in[i]);
+            for (Index i = 0; i < count; ++i)
+                static_cast<double*>(out.data)[offset + i] = double(in[i]);
             return;
         case Dtype::bfloat16:
             for (Index i = 0; i < count; ++i)
@@ -92,13 +94,15 @@ inline void write_row(const View& out, Index offset, const R* in, Index count) {
     }
 }
 
-template <typename R> constexpr Dtype wide_dtype = sizeof(R) == 8 ? Dtype::float64 : Dtype::float32;
+template <typename R>
+constexpr Dtype wide_dtype = sizeof(R) == 8 ? Dtype::float64 : Dtype::float32;
 
 // The row itself where it already is what the kernels read, else a copy of it in buffer.
 template <typename R>
 ATP_FAST_INLINE const R* row(R* buffer, const void* in, Dtype dtype, Index offset, Index step,
                              Index count) {
-    if (dtype == wide_dtype<R> && (step == 1 || count == 1)) return static_cast<const R*>(in) + offset;
+    if (dtype == wide_dtype<R> && (step == 1 || count == 1))
+        return static_cast<const R*>(in) + offset;
     read_row(buffer, in, dtype, offset, step, count);
     return buffer;
 }

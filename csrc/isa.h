@@ -1,4 +1,5 @@
-// The kernels compiled for one instruction set: included once by each isa_*.cpp, inside its namespace.
+// The kernels compiled for one instruction set: included once by each isa_*.cpp, inside its
+// namespace.
 
 #include "simd.h"
 #include "convert.h"
@@ -7,7 +8,8 @@
 #include "attention.h"
 #include "attention_backward.h"
 
-template <typename R> void exponential(const void* in, void* out, Index count) {
+template <typename R>
+void exponential(const void* in, void* out, Index count) {
     const R* x = static_cast<const R*>(in);
     R* y = static_cast<R*>(out);
     for (Index i = 0; i < count; i += lanes<R>) {

@@ -1,5 +1,5 @@
-// The kernels for AVX2. Everything from elsewhere is included before the target is raised, so that no
-// shared inline function is compiled for it.
+// The kernels for AVX2. Everything from elsewhere is included before the target is raised, so that
+// no shared inline function is compiled for it.
 #include "common.h"
 
 #include <algorithm>

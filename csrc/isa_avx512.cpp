@@ -1,5 +1,5 @@
-// The kernels for AVX512. Everything from elsewhere is included before the target is raised, so that no
-// shared inline function is compiled for it.
+// The kernels for AVX512. Everything from elsewhere is included before the target is raised, so
+// that no shared inline function is compiled for it.
 #include "common.h"
 
 #include <algorithm>
@@ -11,7 +11,9 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")
 #endif

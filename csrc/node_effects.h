@@ -1,13 +1,16 @@
-// I = sum over the last axis of delta * grad, per cotangent; with weights, sum over cotangents of w |I|.
-// One pass: a run of rows of delta stays in the cache while each gradient is read once, several cotangents side
-// by side, because one stream alone does not fill the memory's bandwidth.
-// Sums run in the accumulation type (float for narrow inputs): a row has at most some hundred terms.
-// Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
+// I = sum over the last axis of delta * grad, per cotangent; with weights, sum over cotangents of w
+// |I|. One pass: a run of rows of delta stays in the cache while each gradient is read once,
+// several cotangents side by side, because one stream alone does not fill the memory's bandwidth.
+// Sums run in the accumulation type (float for narrow inputs): a row has at most some hundred
+// terms. Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
+// guard.
 
-template <typename R> struct NodeEffects {
-    static constexpr Index run = 256;      // rows per unit: fixed, so that no result depends on the threads
-    static constexpr int abreast = 4;      // cotangents at a time
-    static constexpr Index strip = 4096;   // elements per unit when the summed axis has length 1
+template <typename R>
+struct NodeEffects {
+    static constexpr Index run =
+        256;  // rows per unit: fixed, so that no result depends on the threads
+    static constexpr int abreast = 4;     // cotangents at a time
+    static constexpr Index strip = 4096;  // elements per unit when the summed axis has length 1
 
     NodeEffectsCall call;
     Index rows, units;
@@ -68,9 +71,11 @@ template <typename R> struct NodeEffects {
     }
 
     // Runs body<N>(c) over all cotangents, N = `abreast` at a time and then one by one.
-    template <typename Body> ATP_FAST_INLINE void over_cotangents(const Body& body) const {
+    template <typename Body>
+    ATP_FAST_INLINE void over_cotangents(const Body& body) const {
         Index c = 0;
-        for (; c + abreast <= call.cotangents; c += abreast) body(c, std::integral_constant<int, abreast>{});
+        for (; c + abreast <= call.cotangents; c += abreast)
+            body(c, std::integral_constant<int, abreast>{});
         for (; c < call.cotangents; ++c) body(c, std::integral_constant<int, 1>{});
     }
 
@@ -86,8 +91,9 @@ template <typename R> struct NodeEffects {
                 const R* d = delta_row(buffer, delta_at[r], call.delta_step, width);
                 const R* g[n];
                 for (int i = 0; i < n; ++i)
-                    g[i] = grad_row(buffer + (i + 1) * width, grad_at[r] + (c + i) * call.grad_cotangent,
-                                    call.grad_step, width);
+                    g[i] =
+                        grad_row(buffer + (i + 1) * width,
+                                 grad_at[r] + (c + i) * call.grad_cotangent, call.grad_step, width);
                 R effects[n];
                 dots<n>(effects, d, g, width);
                 for (int i = 0; i < n; ++i)
@@ -108,21 +114,25 @@ template <typename R> struct NodeEffects {
         Index delta_at, grad_at;
         offsets(line, inner, delta_at, grad_at);
         const Index step = call.grad_stride[inner];
-        const R* d = delta_row(buffer, delta_at + first * call.delta_stride[inner], call.delta_stride[inner], count);
+        const R* d = delta_row(buffer, delta_at + first * call.delta_stride[inner],
+                               call.delta_stride[inner], count);
         R* out = static_cast<R*>(call.out) + line * length + first;
         const R* weights = static_cast<const R*>(call.weights);
         if (weights) std::fill(out, out + count, R(0));
         over_cotangents([&](Index c, auto n) {
             const R* g[n];
             for (int i = 0; i < n; ++i)
-                g[i] = grad_row(buffer + (i + 1) * strip, grad_at + first * step + (c + i) * call.grad_cotangent,
-                                step, count);
-            weights ? add_strips<n>(out, d, g, weights + c, count) : set_strips<n>(out + c * rows, d, g, count);
+                g[i] =
+                    grad_row(buffer + (i + 1) * strip,
+                             grad_at + first * step + (c + i) * call.grad_cotangent, step, count);
+            weights ? add_strips<n>(out, d, g, weights + c, count)
+                    : set_strips<n>(out + c * rows, d, g, count);
         });
     }
 
     template <int N>
-    ATP_FAST_INLINE static void add_strips(R* out, const R* d, const R* const* g, const R* weights, Index count) {
+    ATP_FAST_INLINE static void add_strips(R* out, const R* d, const R* const* g, const R* weights,
+                                           Index count) {
         constexpr int w = lanes<R>;
         Index at = 0;
         for (; at + w <= count; at += w) {
@@ -154,7 +164,8 @@ template <typename R> struct NodeEffects {
     }
 };
 
-template <typename R> void node_effects(const NodeEffectsCall& call, int threads) {
+template <typename R>
+void node_effects(const NodeEffectsCall& call, int threads) {
     NodeEffects<R> self{call, 1, 0, nullptr, 0};
     for (int i = 0; i < call.dims; ++i) self.rows *= call.size[i];
     if (self.rows == 0) return;
@@ -162,10 +173,12 @@ template <typename R> void node_effects(const NodeEffectsCall& call, int threads
     const Index inner = self.call.size[self.call.dims - 1];
     self.units = call.width == 1 ? self.rows / inner * ((inner + self.strip - 1) / self.strip)
                                  : (self.rows + self.run - 1) / self.run;
-    self.scratch_stride = ((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
+    self.scratch_stride =
+        ((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
     threads = int(std::min<Index>(std::max(threads, 1), self.units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();
-    prefer_large_pages(call.out, self.rows * (call.weights ? 1 : call.cotangents) * Index(sizeof(R)));
+    prefer_large_pages(call.out,
+                       self.rows * (call.weights ? 1 : call.cotangents) * Index(sizeof(R)));
     parallel(self.units, threads, NodeEffects<R>::unit, &self);
 }

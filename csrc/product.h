@@ -1,8 +1,10 @@
 // Register-blocked products of small packed tiles: C[m][n] = sum over k of A(m, k) B[k][n].
-// B's rows are contiguous (n runs along the vector lanes); A is read one element at a time, at any strides.
-// Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
+// B's rows are contiguous (n runs along the vector lanes); A is read one element at a time, at any
+// strides. Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
+// guard.
 
-constexpr int block_rows = 4;  // rows of C per register block; A must be readable up to a multiple of it
+constexpr int block_rows =
+    4;  // rows of C per register block; A must be readable up to a multiple of it
 constexpr int block_vectors = ATP_FAST_REGISTERS == 32 ? 4 : 3;  // vectors of C per register block
 
 constexpr Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
@@ -29,11 +31,11 @@ ATP_FAST_INLINE void product_block(Range range, const R* a, Index a_row, Index a
     done(sums);
 }
 
-// Calls done(m, n, sums) for every register block: sums is an array [block_rows][some vectors] whose corner
-// is row m, vector n. range(m) says what a block of rows needs.
+// Calls done(m, n, sums) for every register block: sums is an array [block_rows][some vectors]
+// whose corner is row m, vector n. range(m) says what a block of rows needs.
 template <typename R, typename Ranges, typename Done>
-ATP_FAST_INLINE void product(Index rows, Index vectors, const R* a, Index a_row, Index a_step, const R* b,
-                             Index b_row, const Ranges& ranges, const Done& done) {
+ATP_FAST_INLINE void product(Index rows, Index vectors, const R* a, Index a_row, Index a_step,
+                             const R* b, Index b_row, const Ranges& ranges, const Done& done) {
     for (Index m = 0; m < rows; m += block_rows) {
         const Range range = ranges(m);
         const R* left = a + m * a_row;
@@ -45,7 +47,9 @@ ATP_FAST_INLINE void product(Index rows, Index vectors, const R* a, Index a_row,
                 case 1: product_block<1>(range, left, a_row, a_step, right, b_row, at); break;
                 case 2: product_block<2>(range, left, a_row, a_step, right, b_row, at); break;
                 case 3: product_block<3>(range, left, a_row, a_step, right, b_row, at); break;
-                default: product_block<block_vectors>(range, left, a_row, a_step, right, b_row, at); break;
+                default:
+                    product_block<block_vectors>(range, left, a_row, a_step, right, b_row, at);
+                    break;
             }
             n += block_vectors;
         }
@@ -53,16 +57,19 @@ ATP_FAST_INLINE void product(Index rows, Index vectors, const R* a, Index a_row,
 }
 
 // done for `product`: adds to the rows of c that exist, or sets them when c holds nothing yet.
-template <typename R> struct AddTo {
+template <typename R>
+struct AddTo {
     R* c;
     Index c_row, rows;
     bool fresh;
 
-    template <int N> ATP_FAST_INLINE void operator()(Index m, Index n, Vec<R> (&sums)[block_rows][N]) const {
+    template <int N>
+    ATP_FAST_INLINE void operator()(Index m, Index n, Vec<R> (&sums)[block_rows][N]) const {
         for (int i = 0; i < block_rows; ++i) {
             if (m + i >= rows) return;
             R* out = c + (m + i) * c_row + n * lanes<R>;
-            for (int j = 0; j < N; ++j, out += lanes<R>) store(out, fresh ? sums[i][j] : load(out) + sums[i][j]);
+            for (int j = 0; j < N; ++j, out += lanes<R>)
+                store(out, fresh ? sums[i][j] : load(out) + sums[i][j]);
         }
     }
 };

@@ -55,7 +55,8 @@ void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] Index byte
 }
 
 Scratch::Scratch(Index bytes) {
-    const std::size_t rounded = (static_cast<std::size_t>(std::max<Index>(bytes, 1)) + 63) / 64 * 64;
+    const std::size_t rounded =
+        (static_cast<std::size_t>(std::max<Index>(bytes, 1)) + 63) / 64 * 64;
     data_ = static_cast<char*>(std::aligned_alloc(64, rounded));
     if (data_ == nullptr) throw std::bad_alloc();
 }
