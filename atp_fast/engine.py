@@ -38,7 +38,9 @@ class Engine:
     model: a transformers causal language model in evaluation mode; it is left as it was after every call.
     backend: "auto", "reference", "cpp" or "triton", for the attention and reduction ops;
     precision: None keeps the model's dtype; "bf16" takes cotangents through linear maps in bfloat16 with float32
-    accumulation, the runs themselves and the effects' sums stay as they are;
+    accumulation. The runs and so the metric's values stay the same bits, effects are summed in float32 and lie within
+    3 % of the largest of their kind (tests/test_precision.py, three layers). On a model that itself is in bfloat16
+    effects lie within 2 % of the largest of all, beside the same weights in float32 (trained tiny models);
     memory_budget: bytes, a size such as "8GiB", or "auto" (None), half of what is free, for what a call needs beside
     the model and its result; it changes how much is done at once, never the numbers beyond rounding.
     Raises TypeError, ValueError or NotImplementedError, naming the model's class and the reason, for a model that is
@@ -115,8 +117,8 @@ class Engine:
         counts = pairs.attention_mask.sum(0).cpu()
         per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
         return Attribution(
-            contribution={kind: (t / per_position).cpu() for kind, t in scores.score.items()},
-            effect={kind: (t / per_position).cpu() for kind, t in scores.effect.items()},
+            contribution={kind: t.div_(per_position).cpu() for kind, t in scores.score.items()},
+            effect={kind: t.div_(per_position).cpu() for kind, t in scores.effect.items()},
             per_pair=None
             if scores.per_pair is None
             else {kind: t.cpu() for kind, t in scores.per_pair.items()},

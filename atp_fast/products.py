@@ -34,8 +34,8 @@ def _onednn_float32_is_faster() -> bool:
                 return False
     except OSError:
         return False
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):  # type: ignore[no-untyped-call]
+        return False  # the switch came with torch 2.9
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     with _onednn():
@@ -91,10 +91,18 @@ class NarrowCotangents(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.linear:
-            x, weight, bias = (*args, *kwargs.values(), None)[:3]
+            x, weight, bias = _linear(*args, **kwargs)
             if not weight.requires_grad:
                 return _NarrowProduct.apply(x, weight.t(), weight.to(torch.bfloat16).t(), bias)  # type: ignore[no-untyped-call]
-        if function is torch.addmm and not kwargs and not args[2].requires_grad:
+        if function is torch.addmm and len(args) == 3 and not kwargs:
             bias, x, weight = args
-            return _NarrowProduct.apply(x, weight, weight.to(torch.bfloat16), bias)  # type: ignore[no-untyped-call]
+            if not weight.requires_grad:
+                return _NarrowProduct.apply(x, weight, weight.to(torch.bfloat16), bias)  # type: ignore[no-untyped-call]
         return function(*args, **kwargs)
+
+
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of torch.nn.functional.linear, in order."""
+    return input, weight, bias
