@@ -193,6 +193,8 @@ def plan_sweep(
     if budget.auto:
         tape = batch * size.positions * costs(plug, size.kinds).tape
         tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
+    if plug.offloaded:  # a tape would hold its layer's weights in memory
+        tapes = 0
     while tapes and not fits(batch, chunk, tapes):
         tapes -= 1
     return SweepPlan(batch, chunk, layers - tapes)

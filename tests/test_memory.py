@@ -17,6 +17,7 @@ import atp_fast.sweep
 import zoo
 from atp_fast import Engine, ops
 from atp_fast.memory import (
+    _ROWS_ENOUGH,
     Budget,
     SweepPlan,
     SweepSize,
@@ -29,6 +30,7 @@ from atp_fast.memory import (
 )
 from atp_fast.nodes import KINDS
 
+ENOUGH = _ROWS_ENOUGH["cpu"]
 DEFAULT = ("q", "k", "v", "z", "neuron")
 
 
@@ -126,10 +128,10 @@ def test_plans_keep_to_the_budget_and_grow_with_it(together: bool, auto: bool) -
                 assert plan == SweepPlan(batch, 1, layers)
             assert ranks(plan) >= before
             before = ranks(plan)
-        # with room for everything, all that is of use is done at once: 4,096 rows of a matrix product
-        assert (plan.chunk + 1) * plan.pairs * size.positions > 4096 or (
+        # with room for everything, all that is of use is done at once
+        assert (plan.chunk + 1) * plan.pairs * size.positions > ENOUGH or (
             plan.chunk == size.cotangents
-            and plan.pairs == min(20, 4096 // (plan.chunk * size.positions) + 1)
+            and plan.pairs == min(20, -(-ENOUGH // (plan.chunk * size.positions)))
         )
         assert plan.taped_from == 0
 
@@ -319,3 +321,13 @@ def test_out_of_memory_at_one_cotangent_comes_through(monkeypatch: pytest.Monkey
     assert model.config._attn_implementation == before
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_offloaded_models_keep_no_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug = Engine(zoo.build("llama")).plug
+    size = SweepSize(positions=8, prefix=0, cotangents=4, kinds=DEFAULT, logits=1)
+    plenty = Budget(1 << 40, auto=False)
+    layers = len(plug.layers)
+    assert plan_sweep(plug, plenty, size, pairs=1, together=False).taped_from == 0
+    monkeypatch.setattr(type(plug), "offloaded", True)
+    assert plan_sweep(plug, plenty, size, pairs=1, together=False).taped_from == layers
