@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-plots \
+	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-plots \
 	study study-quick clean
 
 demo: build model
@@ -66,7 +66,7 @@ test-interpret: build
 test-compile: build
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py
 
-bench-kernels bench-engine bench-peers bench-scaling bench-precision: bench-%: build model
+bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-plots: build
