@@ -105,8 +105,8 @@ def compiled(start: Start, target: str) -> Any:
 class Binary(NamedTuple):
     """What a binary for NVIDIA holds: registers, spilled bytes, shared memory, instructions by opcode.
 
-    loop counts the instructions of its main loop: the innermost loop with the most matrix instructions, or with
-    the most instructions where there are none.
+    loop: the instructions of one trip through each of its main loops, the outermost ones with matrix instructions, or
+    all outermost ones where it has none.
     """
 
     registers: int
@@ -115,45 +115,55 @@ class Binary(NamedTuple):
     instructions: Counter[str]
     loop: Counter[str]
 
-    def matrix(self) -> int:
-        """Matrix instructions in the whole binary."""
-        return sum(self.instructions[op] for op in _MATRIX)
+
+def families(opcodes: Counter[str]) -> Counter[str]:
+    """Counts without the opcodes' modifiers."""
+    counts: Counter[str] = Counter()
+    for opcode, count in opcodes.items():
+        counts[opcode.split(".")[0]] += count
+    return counts
+
+
+def matrix_count(opcodes: Counter[str]) -> int:
+    """Matrix instructions among the opcodes."""
+    counts = families(opcodes)
+    return sum(counts[family] for family in _MATRIX)
 
 
 def _opcodes(text: str) -> Counter[str]:
     return Counter(match[1] for match in _INSTRUCTION.finditer(text))
 
 
-def _by_family(full: Counter[str]) -> Counter[str]:
-    families: Counter[str] = Counter()
-    for opcode, count in full.items():
-        families[opcode.split(".")[0]] += count
-    return families
-
-
-def _matrix_count(full: Counter[str]) -> int:
-    families = _by_family(full)
-    return sum(families[op] for op in _MATRIX)
-
-
-def _main_loop(text: str) -> Counter[str]:
+def _main_loops(text: str, inner_trips: int) -> Counter[str]:
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.L\w+):", text, re.MULTILINE)}
-    loops = []
-    for match in re.finditer(r"BRA\S*\s+(?:U?P\w+,\s*)?`\((\.L\w+)\)", text):
-        if labels.get(match[1], len(text)) < match.start():
-            loops.append((labels[match[1]], match.end()))
-    bodies = [(span, _opcodes(text[span[0] : span[1] + 200])) for span in loops]
-    busy = [(span, body) for span, body in bodies if _matrix_count(body)] or bodies
+    spans = {
+        (labels[match[1]], match.end())
+        for match in re.finditer(r"BRA\S*\s+(?:U?P\w+,\s*)?`\((\.L\w+)\)", text)
+        if labels.get(match[1], len(text)) < match.start()
+    }
+    bodies = {span: _opcodes(text[span[0] : span[1] + 1]) for span in spans}
+    busy = {span for span in spans if matrix_count(bodies[span])} or spans
 
     def encloses(a: tuple[int, int], b: tuple[int, int]) -> bool:
         return a != b and a[0] <= b[0] and b[1] <= a[1]
 
-    innermost = [body for span, body in busy if not any(encloses(span, other) for other, _ in busy)]
-    return max(innermost, key=lambda body: (_matrix_count(body), body.total()), default=Counter())
+    outermost = [span for span in busy if not any(encloses(other, span) for other in busy)]
+    total: Counter[str] = Counter()
+    for span in outermost:
+        total += bodies[span]
+        for inner in busy:
+            # a loop over slices of a row: the enclosing body counts one of its trips
+            if encloses(span, inner):
+                for opcode, count in bodies[inner].items():
+                    total[opcode] += count * (inner_trips - 1)
+    return total
 
 
-def inspect(kernel: Any) -> Binary:
-    """Resources and instruction counts of a compiled kernel for an NVIDIA target."""
+def inspect(kernel: Any, inner_trips: int = 1) -> Binary:
+    """Resources and instruction counts of a compiled kernel for an NVIDIA target.
+
+    inner_trips: how often a loop inside a main loop runs per trip of it, see tiles.row_products.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
@@ -170,6 +180,20 @@ def inspect(kernel: Any) -> Binary:
         usage = tool("cuobjdump", "-res-usage")
         text = tool("nvdisasm", "-c")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = _by_family(_opcodes(text))
-    spilled = max(found["STACK"], found["LOCAL"], 4 * (instructions["STL"] + instructions["LDL"]))
-    return Binary(found["REG"], spilled, kernel.metadata.shared, instructions, _main_loop(text))
+    instructions = _opcodes(text)
+    counts = families(instructions)
+    spilled = max(found["STACK"], found["LOCAL"], 4 * (counts["STL"] + counts["LDL"]))
+    return Binary(
+        found["REG"],
+        spilled,
+        kernel.metadata.shared,
+        instructions,
+        _main_loops(text, inner_trips),
+    )
+
+
+def plain_products(kernel: Any) -> int:
+    """Products that the compiler left to ordinary multiply-adds instead of the tensor cores."""
+    return len(
+        re.findall(r"tt\.dot .*#ttg\.dot_op<\{opIdx = 0, parent = #blocked", kernel.asm["ttgir"])
+    )

@@ -232,13 +232,25 @@ def _attention_fwd_kernel(
     store_rows(loo_z_ptr + row * V_DIM, offs_m, queries, loo_z, V_DIM, BLOCK_V)
 
 
+_NARROW = {
+    64: (Blocks(64, 64, 1, 4, 2),),
+    128: (Blocks(128, 64, 1, 8, 2, majors=(9, 10)), Blocks(64, 64, 1, 8, 2, majors=(8,))),
+    256: (Blocks(32, 32, 1, 4, 1, width=64),),
+}
+_FLOAT32 = {
+    64: (
+        Blocks(64, 32, 1, 4, 2, majors=(9, 10)),
+        Blocks(64, 32, 1, 4, 1, width=32, majors=(8,)),
+    ),
+    128: (
+        Blocks(64, 32, 1, 4, 2, width=32, majors=(9,)),
+        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 10)),
+    ),
+    256: (Blocks(32, 16, 1, 4, 1, width=16),),
+}
 CONFIGS = {
-    (2, 64): (Blocks(64, 64, 1, 4, 3),),
-    (2, 128): (Blocks(64, 64, 1, 4, 2),),
-    (2, 256): (Blocks(64, 32, 1, 4, 2),),
-    (4, 64): (Blocks(64, 32, 1, 4, 2),),
-    (4, 128): (Blocks(64, 32, 1, 4, 2),),
-    (4, 256): (Blocks(32, 32, 1, 4, 1),),
+    **{(dtype, dim): _NARROW[dim] for dtype in (torch.bfloat16, torch.float16) for dim in _NARROW},
+    **{(torch.float32, dim): choices for dim, choices in _FLOAT32.items()},
 }
 
 
@@ -285,7 +297,7 @@ def launch_attention(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = (blocks,) if blocks else candidates(CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = (blocks,) if blocks else candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.heads
     run(
         _attention_fwd_kernel,

@@ -317,20 +317,46 @@ def _attention_vjp_query_kernel(
 # bytes of a padded head from which grad_k and grad_v no longer fit the registers together
 _WIDE = 512
 KEY_CONFIGS = {
-    (2, 64): (Blocks(32, 128, 2, 8, 2),),
-    (2, 128): (Blocks(64, 128, 1, 8, 2), Blocks(32, 128, 1, 8, 2)),
-    (2, 256): (Blocks(32, 64, 1, 8, 1),),
-    (4, 64): (Blocks(32, 64, 1, 8, 1),),
-    (4, 128): (Blocks(32, 32, 1, 8, 1),),
-    (4, 256): (Blocks(16, 32, 1, 8, 1),),
+    (torch.bfloat16, 64): (Blocks(32, 128, 2, 8, 2),),
+    (torch.bfloat16, 128): (
+        Blocks(64, 128, 1, 8, 2, majors=(9, 10)),
+        Blocks(32, 128, 1, 8, 2, majors=(8,)),
+    ),
+    (torch.bfloat16, 256): (Blocks(32, 64, 1, 8, 1, width=64),),
+    (torch.float16, 64): (Blocks(32, 128, 1, 8, 2),),
+    (torch.float16, 128): (Blocks(32, 128, 1, 8, 2),),
+    (torch.float16, 256): (Blocks(32, 32, 1, 4, 1, width=64),),
+    (torch.float32, 64): (
+        Blocks(32, 128, 1, 8, 1, majors=(9,)),
+        Blocks(32, 64, 1, 4, 1, width=16, majors=(10,)),
+        Blocks(16, 64, 1, 4, 1, width=16, majors=(8,)),
+    ),
+    (torch.float32, 128): (
+        Blocks(16, 128, 1, 8, 1, majors=(9,)),
+        Blocks(16, 32, 1, 4, 1, width=16, majors=(8, 10)),
+    ),
+    (torch.float32, 256): (Blocks(16, 16, 1, 4, 1, width=16),),
 }
 QUERY_CONFIGS = {
-    (2, 64): (Blocks(128, 64, 2, 8, 2), Blocks(64, 64, 2, 4, 2)),
-    (2, 128): (Blocks(64, 64, 1, 4, 2),),
-    (2, 256): (Blocks(64, 32, 1, 8, 1),),
-    (4, 64): (Blocks(64, 32, 1, 8, 1),),
-    (4, 128): (Blocks(32, 32, 1, 8, 1),),
-    (4, 256): (Blocks(32, 16, 1, 8, 1),),
+    (torch.bfloat16, 64): (
+        Blocks(128, 64, 2, 8, 2, majors=(9, 10)),
+        Blocks(64, 64, 1, 4, 2, majors=(8,)),
+    ),
+    (torch.bfloat16, 128): (Blocks(128, 64, 1, 8, 2),),
+    (torch.bfloat16, 256): (Blocks(64, 32, 1, 8, 1, width=64),),
+    (torch.float16, 64): (Blocks(64, 64, 1, 4, 2),),
+    (torch.float16, 128): (Blocks(64, 32, 1, 4, 2),),
+    (torch.float16, 256): (Blocks(32, 32, 1, 4, 1, width=64),),
+    (torch.float32, 64): (
+        Blocks(64, 32, 1, 4, 2, majors=(9,)),
+        Blocks(64, 32, 1, 4, 2, width=32, majors=(10,)),
+        Blocks(32, 32, 1, 4, 1, width=16, majors=(8,)),
+    ),
+    (torch.float32, 128): (
+        Blocks(128, 16, 1, 8, 1, majors=(9,)),
+        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 10)),
+    ),
+    (torch.float32, 256): (Blocks(32, 16, 1, 4, 1, width=16),),
 }
 
 
@@ -370,7 +396,7 @@ def launch_key_gradients(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(KEY_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:
@@ -419,7 +445,7 @@ def launch_query_gradients(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(QUERY_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = candidates(QUERY_CONFIGS, q, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.heads
 
     def programs(b: Blocks) -> int:

@@ -319,21 +319,27 @@ def _top_effects_kernel(
     tl.store(effect_ptr + columns * kv_heads + kv_head, effect, mask=mask)
 
 
+_NARROW = {
+    64: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 128, 4, 8, 2, majors=(8,))),
+    128: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 64, 2, 4, 2, majors=(8,))),
+    256: (Blocks(32, 64, 1, 4, 1, width=64),),
+}
+_FLOAT32 = {
+    64: (
+        Blocks(32, 128, 4, 8, 1, majors=(9,)),
+        Blocks(32, 64, 4, 4, 1, width=16, majors=(8, 10)),
+    ),
+    128: (Blocks(32, 64, 2, 4, 1, width=16),),
+    256: (Blocks(32, 64, 2, 4, 1, width=16),),
+}
 CONFIGS = {
-    (2, 64): (Blocks(32, 128, 8, 8, 2), Blocks(32, 128, 4, 8, 2)),
-    (2, 128): (Blocks(32, 128, 6, 8, 2), Blocks(32, 128, 4, 8, 2)),
-    (2, 256): (Blocks(32, 64, 2, 8, 1),),
-    (4, 64): (Blocks(32, 64, 2, 8, 1),),
-    (4, 128): (Blocks(32, 32, 1, 8, 1),),
-    (4, 256): (Blocks(16, 32, 1, 8, 1),),
+    **{(dtype, dim): _NARROW[dim] for dtype in (torch.bfloat16, torch.float16) for dim in _NARROW},
+    **{(torch.float32, dim): choices for dim, choices in _FLOAT32.items()},
 }
 VECTOR_CONFIGS = {
-    (2, 64): (Blocks(32, 1, 1, 4, 1),),
-    (2, 128): (Blocks(16, 1, 1, 4, 1),),
-    (2, 256): (Blocks(8, 1, 1, 4, 1),),
-    (4, 64): (Blocks(32, 1, 1, 4, 1),),
-    (4, 128): (Blocks(16, 1, 1, 4, 1),),
-    (4, 256): (Blocks(8, 1, 1, 4, 1),),
+    (dtype, dim): (Blocks(2048 // dim, 1, 1, 4, 1),)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for dim in (64, 128, 256)
 }
 # the head size does not enter
 EFFECT_BLOCKS = Blocks(64, 128, 16, 4, 2)
@@ -378,7 +384,7 @@ def launch_top_vectors(
         "BLOCK_D": padded(sizes.head_dim),
         "BLOCK_V": padded(sizes.v_dim),
     }
-    choices = candidates(VECTOR_CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = candidates(VECTOR_CONFIGS, q, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.heads
     run(
         _top_vectors_kernel,
@@ -463,7 +469,7 @@ def launch_other_effects(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(CONFIGS, q.dtype, sizes.head_dim, sizes.v_dim)
+    choices = candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim)
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:

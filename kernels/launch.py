@@ -1,7 +1,7 @@
 """How the kernels are launched: sizes and dtypes they take, block sizes, tuning, start.
 
-A kernel's blocks come from the caller or from its CONFIGS, keyed by element size and padded head size. On CUDA,
-where there are several, triton.autotune measures them once per (head sizes, dtype), not per sequence length;
+A kernel's blocks come from the caller or from its CONFIGS, keyed by dtype and padded head size. On CUDA, where
+several suit the device, triton.autotune measures them once per (head sizes, dtype), not per sequence length;
 elsewhere (the interpreter, a compile without a GPU) the first one is taken. No kernel reads what it writes, so
 that runs repeated by the autotuner change nothing.
 """
@@ -41,7 +41,8 @@ class Blocks(NamedTuple):
     """Block sizes of one launch: queries, keys, cotangents per program; warps and pipeline stages.
 
     width: columns that a product of rows takes at a time (tiles.row_products), whole rows by default.
-    since: the first NVIDIA compute capability, times 10, that the sizes are for.
+    majors: the compute capabilities whose registers it suits. 9 and 10 have matrix instructions that read shared
+    memory; anything else counts as 8.
     """
 
     block_m: int
@@ -50,10 +51,10 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     width: int = 256
-    since: int = 80
+    majors: tuple[int, ...] = (8, 9, 10)
 
 
-Configs = Mapping[tuple[int, int], tuple[Blocks, ...]]
+Configs = Mapping[tuple[torch.dtype, int], tuple[Blocks, ...]]
 
 
 class Sizes(NamedTuple):
@@ -143,9 +144,17 @@ def scoring_arguments(scoring: Scoring, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def candidates(configs: Configs, dtype: torch.dtype, *dims: int) -> tuple[Blocks, ...]:
-    """The configurations for a dtype and the widest of the head sizes."""
-    return configs[(dtype.itemsize, max(64, *(padded(dim) for dim in dims)))]
+def _suits(blocks: Blocks, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    major = 8 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+    return (major if major in (9, 10) else 8) in blocks.majors
+
+
+def candidates(configs: Configs, x: Tensor, *dims: int) -> tuple[Blocks, ...]:
+    """The configurations for x's dtype and device and the widest of the head sizes."""
+    listed = configs[(x.dtype, max(64, *(padded(dim) for dim in dims)))]
+    return tuple(blocks for blocks in listed if _suits(blocks, x.device))
 
 
 def _meta(blocks: Blocks) -> dict[str, int]:

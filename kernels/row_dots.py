@@ -74,12 +74,9 @@ def _row_dots_kernel(
 
 
 CONFIGS = {
-    (2, 64): (Blocks(32, 1, 1, 4, 1),),
-    (2, 128): (Blocks(16, 1, 1, 4, 1),),
-    (2, 256): (Blocks(8, 1, 1, 4, 1),),
-    (4, 64): (Blocks(32, 1, 1, 4, 1),),
-    (4, 128): (Blocks(16, 1, 1, 4, 1),),
-    (4, 256): (Blocks(8, 1, 1, 4, 1),),
+    (dtype, dim): (Blocks(2048 // dim, 1, 1, 4, 1),)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for dim in (64, 128, 256)
 }
 
 
@@ -108,7 +105,7 @@ def launch_row_dots(
         "V_DIM": v_dim,
         "BLOCK_V": padded(v_dim),
     }
-    choices = (blocks,) if blocks else candidates(CONFIGS, grad_z.dtype, v_dim)
+    choices = (blocks,) if blocks else candidates(CONFIGS, grad_z, v_dim)
     run(
         _row_dots_kernel,
         lambda b: batch * heads * triton.cdiv(queries, b.block_m),

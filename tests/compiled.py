@@ -1,0 +1,214 @@
+"""Every shipped kernel configuration as a binary, and what must hold of it; compiled without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from atp_fast.kernels import (
+    attention,
+    attention_vjp,
+    key_patch_effects,
+    launch,
+    node_effects,
+    row_dots,
+)
+from atp_fast.kernels.launch import Blocks, Scoring
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import binaries
+
+BUDGET = Path(__file__).parent / "triton_budget.json"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+DIMS = (64, 128, 256)
+MAJORS = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 8}
+COTANGENTS, BATCH, HEADS, KV_HEADS, KEYS = 12, 4, 16, 8, 1024
+
+
+class Tensors(NamedTuple):
+    """The arguments of a sweep's calls on meta tensors, grouped-query attention with a shared prefix."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_z: Tensor
+    stats: attention.Outputs
+    mean: Tensor
+    scoring: Scoring
+
+
+def tensors(dtype: torch.dtype, dim: int, keys: int = KEYS) -> Tensors:
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    rows = (BATCH, HEADS, keys)
+    stats = attention.Outputs(
+        empty(*rows, dim),
+        empty(*rows),
+        empty(*rows, of=torch.int64),
+        empty(*rows),
+        empty(*rows, dim),
+    )
+    return Tensors(
+        empty(*rows, dim, of=dtype),
+        empty(BATCH, KV_HEADS, keys, dim, of=dtype),
+        empty(BATCH, KV_HEADS, keys, dim, of=dtype),
+        empty(COTANGENTS, *rows, dim, of=dtype),
+        stats,
+        empty(COTANGENTS, *rows),
+        Scoring(dim**-0.5, True, None, None, None, None),
+    )
+
+
+def _key_gradients(x: Tensors, blocks: Blocks) -> None:
+    attention_vjp.launch_key_gradients(*x[:4], x.stats.logsumexp, x.mean, x.scoring, blocks=blocks)
+
+
+def _query_gradients(x: Tensors, blocks: Blocks) -> None:
+    attention_vjp.launch_query_gradients(
+        *x[:4], x.stats.logsumexp, x.mean, x.scoring, blocks=blocks
+    )
+
+
+def _other_effects(x: Tensors, blocks: Blocks) -> None:
+    key_patch_effects.launch_other_effects(
+        x.q, x.k, x.v, x.k, x.grad_z, x.stats, x.mean, x.scoring, blocks=blocks
+    )
+
+
+def _top_vectors(x: Tensors, blocks: Blocks) -> None:
+    key_patch_effects.launch_top_vectors(x.q, x.k, x.v, x.k, x.stats, x.scoring, blocks=blocks)
+
+
+def _top_effects(x: Tensors, blocks: Blocks) -> None:
+    sizes = launch.sizes_of(x.q, x.k, x.v)
+    key_patch_effects.launch_top_effects(x.mean, x.stats.top_key, sizes, x.scoring, blocks=blocks)
+
+
+def _row_dots(x: Tensors, blocks: Blocks) -> None:
+    row_dots.launch_row_dots(x.grad_z, x.stats.z, x.stats.z, x.stats.z, blocks=blocks)
+
+
+def _node_effects(x: Tensors, blocks: Blocks) -> None:
+    weights = torch.empty(COTANGENTS, device="meta")
+    node_effects.launch_node_effects(x.q, x.grad_z, weights, blocks=blocks)
+
+
+def _one(blocks: Blocks) -> launch.Configs:
+    return {(dtype, dim): (blocks,) for dtype in DTYPES.values() for dim in DIMS}
+
+
+# by name: what starts it and its configurations
+KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
+    "attention": (
+        lambda x, blocks: attention.launch_attention(*x[:3], x.scoring, blocks=blocks) and None,
+        attention.CONFIGS,
+    ),
+    "key_gradients": (_key_gradients, attention_vjp.KEY_CONFIGS),
+    "query_gradients": (_query_gradients, attention_vjp.QUERY_CONFIGS),
+    "key_effects": (_other_effects, key_patch_effects.CONFIGS),
+    "top_vectors": (_top_vectors, key_patch_effects.VECTOR_CONFIGS),
+    "top_effects": (_top_effects, _one(key_patch_effects.EFFECT_BLOCKS)),
+    "row_dots": (_row_dots, row_dots.CONFIGS),
+    "node_effects": (
+        _node_effects,
+        {
+            (dtype, dim): (node_effects.default_blocks(dim),)
+            for dtype in DTYPES.values()
+            for dim in DIMS
+        },
+    ),
+}
+TILED = ("attention", "key_gradients", "query_gradients", "key_effects", "top_effects")
+
+
+class Case(NamedTuple):
+    """One configuration for one target."""
+
+    kernel: str
+    dtype: str
+    dim: int
+    target: str
+    blocks: Blocks
+
+    def __str__(self) -> str:
+        b = self.blocks
+        sizes = f"{b.block_m}x{b.block_n}x{b.chunk}-w{b.num_warps}-s{b.num_stages}-k{b.width}"
+        return f"{self.kernel}-{self.dtype}-D{self.dim}-{self.target}-{sizes}"
+
+
+def cases(dtypes: tuple[str, ...], dims: tuple[int, ...], targets: tuple[str, ...]) -> list[Case]:
+    return [
+        Case(kernel, dtype, dim, target, blocks)
+        for kernel, (_, configs) in KERNELS.items()
+        for dtype in dtypes
+        for dim in dims
+        for target in targets
+        for blocks in configs[(DTYPES[dtype], dim)]
+        if MAJORS[target] in blocks.majors
+    ]
+
+
+def starts(case: Case, keys: int = KEYS) -> list[binaries.Start]:
+    """The starts of a case's kernel; several where it is started once per result."""
+    x = tensors(DTYPES[case.dtype], case.dim, keys)
+    return binaries.captured(lambda: KERNELS[case.kernel][0](x, case.blocks))
+
+
+def numbers(case: Case) -> dict[str, int]:
+    """What the budget holds of a case: sums over its starts, registers and shared memory their maximum."""
+    kernels = [binaries.compiled(start, case.target) for start in starts(case)]
+    found = [binaries.inspect(kernel) for kernel in kernels]
+    return {
+        "registers": max(b.registers for b in found),
+        "spilled": sum(b.spilled for b in found),
+        "shared": max(b.shared for b in found),
+        "instructions": sum(b.instructions.total() for b in found),
+        "matrix": sum(binaries.matrix_count(b.instructions) for b in found),
+        "wgmma": sum(binaries.families(b.instructions)["HGMMA"] for b in found),
+        "async_copies": sum(binaries.families(b.instructions)["LDGSTS"] for b in found),
+        "plain_products": sum(binaries.plain_products(kernel) for kernel in kernels),
+    }
+
+
+def check(case: Case) -> None:
+    """Asserts what every shipped configuration promises, and its numbers where the budget knows this Triton."""
+    got = numbers(case)
+    assert got["shared"] <= binaries.SHARED_LIMIT[case.target], got
+    assert got["plain_products"] == 0, got
+    if case.dim <= 128:
+        assert got["spilled"] == 0, got
+    if case.kernel in TILED:
+        assert got["matrix"] > 0, got
+    if case.kernel in TILED and case.dtype != "f32" and case.dim <= 128:
+        assert got["async_copies"] > 0, got
+        assert case.target != "sm_90" or got["wgmma"] > 0, got
+    budget = json.loads(BUDGET.read_text())
+    if budget["triton"] == triton.__version__:
+        allowed = budget["kernels"][str(case)]
+        over = {name: (n, allowed[name]) for name, n in got.items() if n > allowed[name]}
+        assert not over, (
+            f"above tests/triton_budget.json, which `python tests/compiled.py` rewrites: {over}"
+        )
+
+
+def main() -> None:
+    """Rewrites the budget with what this Triton makes of every configuration."""
+    names = tuple(DTYPES)
+    every = cases(names, DIMS, ("sm_80", "sm_90", "sm_100"))
+    found = {}
+    for case in every:
+        found[str(case)] = numbers(case)
+        print(case, found[str(case)], flush=True)
+    BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

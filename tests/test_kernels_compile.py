@@ -1,0 +1,85 @@
+"""The Triton kernels compiled without a GPU: a sample of the shipped configurations, and the AMD target.
+
+`make test-compile` takes every configuration (compile_all_kernels.py). What a binary promises is in compiled.py: it
+fits shared memory, spills nothing, puts every product on the tensor cores, copies asynchronously, and stays within
+tests/triton_budget.json.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import compiled
+from atp_fast.kernels import launch
+from atp_fast.ops import triton
+
+pytestmark = pytest.mark.skipif(
+    triton.INTERPRETED, reason="the interpreter replaces what would be compiled"
+)
+SAMPLE = [
+    *compiled.cases(("bf16",), (64,), ("sm_90",)),
+    *(
+        case
+        for case in (
+            *compiled.cases(("bf16",), (128,), ("sm_90",)),
+            *compiled.cases(("f32",), (64,), ("sm_90",)),
+            *compiled.cases(("bf16",), (64,), ("sm_80", "sm_100")),
+        )
+        if case.kernel in ("key_gradients", "key_effects")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_sample(case: compiled.Case) -> None:
+    compiled.check(case)
+
+
+@pytest.mark.parametrize("name", compiled.KERNELS)
+def test_every_device_dtype_and_size_has_a_configuration(name: str) -> None:
+    _, configs = compiled.KERNELS[name]
+    for dtype in compiled.DTYPES.values():
+        for dim in compiled.DIMS:
+            choices = configs[(dtype, dim)]
+            assert len(choices) <= 12
+            for major in (8, 9, 10):
+                assert any(major in blocks.majors for blocks in choices), (name, dtype, dim, major)
+
+
+@pytest.mark.parametrize("name", compiled.TILED)
+def test_amd(name: str) -> None:
+    """It compiles, fits and uses the matrix instructions; registers were not tuned for this target."""
+    case = next(
+        case for case in compiled.cases(("bf16",), (64,), ("gfx942",)) if case.kernel == name
+    )
+    for start in compiled.starts(case):
+        kernel = compiled.binaries.compiled(start, "gfx942")
+        assert kernel.metadata.shared <= compiled.binaries.SHARED_LIMIT["gfx942"]
+        assert "v_mfma" in kernel.asm["amdgcn"]
+
+
+def test_lengths_do_not_compile_again() -> None:
+    case = compiled.cases(("bf16",), (64,), ("sm_90",))[0]
+    hashes = {
+        compiled.binaries.compiled(start, "sm_90").hash
+        for keys in (1, 63, 64, 1000)
+        for start in compiled.starts(case, keys)
+    }
+    assert len(hashes) == 1
+
+
+def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA would do: the autotuner gets the choices, keys and a grid that follows the blocks."""
+    started = []
+    monkeypatch.setattr(launch, "_start", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: pytest.MonkeyPatch.context())
+    kernel = compiled.attention._attention_fwd_kernel
+    choices = (launch.Blocks(64, 64, 1, 4, 2), launch.Blocks(128, 64, 1, 8, 2))
+    launch.run(kernel, lambda b: 1024 // b.block_m, {}, choices, torch.empty(0))
+    ((tuned, grid, _),) = started
+    assert [config.kwargs["BLOCK_M"] for config in tuned.configs] == [64, 128]
+    assert [config.num_warps for config in tuned.configs] == [4, 8]
+    assert grid(tuned.configs[1].kwargs) == (8,)
+    assert launch._tuned(kernel, choices) is tuned
