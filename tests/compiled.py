@@ -190,7 +190,8 @@ def check(case: Case) -> None:
     if case.kernel in TILED and case.dtype != "f32" and case.dim <= 128:
         assert got["async_copies"] > 0, got
         assert case.target != "sm_90" or got["wgmma"] > 0, got
-    budget = json.loads(BUDGET.read_text())
+    # without a budget, what every configuration promises is all that is held
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"triton": None}
     if budget["triton"] == triton.__version__:
         allowed = budget["kernels"][str(case)]
         over = {name: (n, allowed[name]) for name, n in got.items() if n > allowed[name]}
