@@ -25,11 +25,11 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
-# Rows (pairs x positions x cotangents) beyond which matrix products gain nothing more from a larger batch.
+# Rows of matrix products (pairs or patched rows, times positions, times cotangents) beyond which a larger batch gains
+# nothing more.
 _ROWS_ENOUGH = {"cpu": 4096, "cuda": 65536}
 # Under "auto" tapes, which save at most two forwards, take this share of the budget; an explicit one is used up.
 _AUTO_TAPE_SHARE = 1 / 64
-_PATCHED_ROWS = 1024
 
 
 class SweepPlan(NamedTuple):
@@ -175,7 +175,7 @@ def plan_sweep(
     fit, they are the plan.
     """
     layers = len(plug.layers)
-    rows = _ROWS_ENOUGH.get(plug.device.type, _ROWS_ENOUGH["cuda"])
+    rows = _rows_enough(plug)
 
     def fits(batch: int, chunk: int, tapes: int) -> bool:
         plan = SweepPlan(batch, chunk, layers - tapes)
@@ -200,6 +200,10 @@ def plan_sweep(
     return SweepPlan(batch, chunk, layers - tapes)
 
 
+def _rows_enough(plug: Plug) -> int:
+    return _ROWS_ENOUGH.get(plug.device.type, _ROWS_ENOUGH["cuda"])
+
+
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number from 1 to limit that fits, 1 if none does; a number fits if a larger one does."""
     low, high = 1, limit
@@ -222,4 +226,4 @@ def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int
     layer = 4 * found.hidden + heads + kv_heads + max(heads + kv_heads, 5 * found.neurons)
     keys_values = 2 * kv_heads  # the prefix, and the prefix with the row's own
     row = positions * layer + prefix * keys_values + logits * 6 * plug.vocabulary
-    return max(1, min(_PATCHED_ROWS, room // (plug.itemsize * row)))
+    return max(1, min(-(-_rows_enough(plug) // positions), room // (plug.itemsize * row)))
