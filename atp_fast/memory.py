@@ -27,7 +27,7 @@ _UNITS = {
 }
 # Rows of matrix products (pairs or patched rows, times positions, times cotangents) beyond which a larger batch gains
 # nothing more.
-_ROWS_ENOUGH = {"cpu": 4096, "cuda": 65536}
+_ROWS_ENOUGH = {"cpu": 2048, "cuda": 65536}
 # Under "auto" tapes, which save at most two forwards, take this share of the budget; an explicit one is used up.
 _AUTO_TAPE_SHARE = 1 / 64
 

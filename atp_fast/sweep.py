@@ -217,43 +217,47 @@ class _Layer:
         self.found: Found = {}
 
     def sweep(self, cotangents: Tensor, chunk: int | None) -> Tensor:
-        """Take all cotangents (C, pairs, positions, hidden) through the layer, `chunk` at a time."""
+        """Take all cotangents (C, pairs, positions, hidden) through the layer, `chunk` at a time.
+
+        Returns those of its input; with GradDrop one more, as which the ordinary cotangent skips this dropped layer.
+        """
         below = self.number > 0 or "resid_pre" in self.kinds
-        size = chunk or len(cotangents)
-        parts = [
-            self._through(cotangents[i : i + size], i, below)
-            for i in range(0, len(cotangents), size)
-        ]
-        if not below:
+        count = len(cotangents)
+        size = chunk or count
+        inputs = (
+            self.tape.x.new_empty((count + self.method.graddrop, *cotangents.shape[1:]))
+            if below
+            else None
+        )
+        for i in range(0, count, size):
+            part = slice(i, min(i + size, count))
+            self._through(cotangents[part], i, None if inputs is None else inputs[part])
+        if inputs is None:
             return cotangents
-        inputs = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if self.method.graddrop:
-            # this layer dropped: the ordinary cotangent takes the skip connection alone
-            inputs = torch.cat([inputs, cotangents[:1]])
+        inputs[count:] = cotangents[:1]
         if "resid_pre" in self.kinds:
             self._first_order("resid_pre", inputs, 0)
         return inputs
 
-    def _through(self, cotangents: Tensor, first: int, below: bool) -> Tensor:
-        """A chunk of cotangents, the first of which is number `first`, from the layer's output to its input."""
+    def _through(self, cotangents: Tensor, first: int, inputs: Tensor | None) -> None:
+        """A chunk of cotangents, the first of which is number `first`; those of the layer's input go into `inputs`."""
         tape, run = self.tape, self.tape.run
         assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
         inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
-        wanted = [run.z, *(tape.values[kind] for kind in inner), *([tape.x] if below else [])]
-        grads = tape.from_output(cotangents, wanted)
+        wanted = [run.z, *(tape.values[kind] for kind in inner)]
+        grads = tape.from_output(cotangents, wanted if inputs is None else [*wanted, tape.x])
         grad_z = grads[0]
         for kind, grad in zip(inner, grads[1:], strict=False):
             self._first_order(kind, grad, first)
         if "z" in self.kinds:
             self._first_order("z", grad_z, first)
-        if not below and not {"q", "k", "v"} & set(self.kinds):
-            return cotangents
+        if inputs is None and not {"q", "k", "v"} & set(self.kinds):
+            return
         grad_q, grad_k, grad_v = self._through_attention(grad_z.to(run.q.dtype), first)
         if "v" in self.kinds:
             self._first_order("v", grad_v[..., self.start :, :], first)
-        if not below:
-            return cotangents
-        return tape.from_attention(grad_q, grad_k, grad_v).add_(grads[-1])
+        if inputs is not None:
+            torch.add(tape.from_attention(grad_q, grad_k, grad_v), grads[-1], out=inputs)
 
     def _through_attention(self, grad_z: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         run, backend = self.tape.run, self.plug.backend
