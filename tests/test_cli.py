@@ -14,7 +14,7 @@ import transformers
 from typer.testing import CliRunner
 
 import atp_fast
-from atp_fast import Attribution, Engine, Node, PromptPairs, load_model, models
+from atp_fast import Attribution, Engine, Node, PromptPairs, load_model, models, ops
 from atp_fast.cli import app
 
 DATA = Path(__file__).parent / "data"
@@ -254,6 +254,31 @@ def test_doctor_says_what_is_there():
     stdout, _ = run("doctor")
     assert stdout.splitlines()[0].split() == ["atp_fast", atp_fast.__version__]
     assert "backend cpp        available" in stdout
+
+
+def test_bench_times_every_op():
+    sizes = ["--positions", 9, "--heads", 2, "--head-dim", 8, "--cotangents", 3, "--rounds", 2]
+    stdout, _ = run("bench", *sizes)
+    assert "9 tokens, 2 heads of 8, 3 cotangents, float32" in stdout
+    rows = [line.split("│") for line in stdout.splitlines() if line.startswith("│")]
+    timed = {cells[1].strip(): [float(cell) for cell in cells[2:-1]] for cells in rows}
+    assert set(timed) == {name for name in ops.__all__ if name.islower()} - {
+        "availability",
+        "backend_for",
+    }
+    assert all(numbers[-1] > 0 for numbers in timed.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dtype", "int8"], "--dtype must be among float32"),
+        (["--device", "tpu"], "--device must be among auto"),
+    ],
+)
+def test_bench_names_what_it_cannot_do(args, message):
+    _, stderr = run("bench", "--positions", 4, *args, code=2)
+    assert message in stderr
 
 
 def test_doctor_of_a_served_model():

@@ -8,6 +8,7 @@ import typer
 
 from atp_fast._version import __version__
 from atp_fast.cli.attribute import attribute
+from atp_fast.cli.bench import bench
 from atp_fast.cli.commands import Commands
 from atp_fast.cli.demo import demo
 from atp_fast.cli.diagnose import diagnose
@@ -28,6 +29,7 @@ app.command()(verify)
 app.command()(diagnose)
 app.command()(study)
 app.command()(report)
+app.command()(bench)
 app.command()(demo)
 app.command()(doctor)
 

@@ -1,0 +1,120 @@
+"""atp-fast bench: the kernels on this machine, against their definition in PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def bench(
+    positions: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    cotangents: Annotated[
+        int, typer.Option(min=1, help="Gradients taken together, as AtP* does.")
+    ] = 12,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.")] = "float32",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each kernel.")] = 5,
+) -> None:
+    """Time every kernel on random inputs, beside the PyTorch code that defines it.
+
+    Backends take turns; the table has median milliseconds of a call, and how many times faster than `reference`
+    it is. The project's own measurements, with other opponents and their rows, are `make bench-kernels`.
+    """
+    import torch
+    from rich.table import Table
+
+    from atp_fast import ops
+    from atp_fast.cli.show import console
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be among {', '.join(_DTYPES)}, got {dtype!r}")
+    has_cuda = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be among auto, cpu, cuda, got {device!r}")
+    if device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda needs a CUDA device, torch sees none")
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    calls = _calls(
+        (1, heads, positions, head_dim), cotangents, getattr(torch, dtype), torch.device(device)
+    )
+    compiled = ops.backend_for(torch.empty(0, device=device))
+    names = list(dict.fromkeys(["reference", compiled]))
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    table = Table(
+        title=f"{positions} tokens, {heads} heads of {head_dim}, {cotangents} cotangents, {dtype}, {device}{threads}"
+    )
+    table.add_column("op")
+    for name in names:
+        table.add_column(f"{name}, ms", justify="right")
+    table.add_column("times faster", justify="right")
+    for op, call in calls.items():
+        medians = _medians({name: partial(call, backend=name) for name in names}, rounds, device)
+        table.add_row(
+            op,
+            *(f"{1e3 * medians[name]:.2f}" for name in names),
+            f"{medians['reference'] / medians[compiled]:.1f}",
+        )
+    console().print(table)
+
+
+def _calls(
+    shape: tuple[int, int, int, int], cotangents: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """Each op on the same random inputs of this shape (1, heads, positions, head_dim), but for its backend."""
+    import torch
+
+    from atp_fast import ops
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    q, k, v, q_corrupted, k_corrupted = (random(*shape) for _ in range(5))
+    grad_z = random(cotangents, *shape)
+    stats = ops.attention(q, k, v)[1]
+    weights = torch.ones(cotangents, device=device)
+    patched: dict[str, Any] = {"q_corrupted": q_corrupted, "grad_z": grad_z}
+    vjp: dict[str, Any] = {"stats": stats, "grad_z": grad_z}
+    both: dict[str, Any] = {**patched, **vjp, "k_corrupted": k_corrupted}
+    return {
+        "attention": partial(ops.attention, q, k, v),
+        "attention_vjp": partial(ops.attention_vjp, q, k, v, **vjp),
+        "query_patch_effects": partial(ops.query_patch_effects, q, k, v, **patched),
+        "key_patch_effects": partial(
+            ops.key_patch_effects, q, k, v, k_corrupted=k_corrupted, **vjp
+        ),
+        "attention_vjp_effects": partial(ops.attention_vjp_effects, q, k, v, **both),
+        "node_effects": partial(ops.node_effects, q, grad_z, weights=weights),
+    }
+
+
+def _medians(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each call, in turns, after one that is not counted."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in seconds.items()}
