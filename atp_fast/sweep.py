@@ -144,6 +144,7 @@ def sweep(
         corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
     cotangents = cotangent[None]
     live = runs.differs()
+    all_live = bool(live.all())
     columns: slice | Tensor = runs.start + pairs.starts.to(plug.device)
     if len(first := set(pairs.starts.tolist())) == 1:
         begin = runs.start + first.pop()
@@ -166,7 +167,8 @@ def sweep(
                         stacklevel=2,
                     )
             for kind, (score, effect) in found.items():
-                score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
+                if not all_live:
+                    score, effect = (torch.where(live[..., None], t, 0) for t in (score, effect))
                 kept = score if method.graddrop else effect
                 scores.add(kind, number, score, effect, kept, rows, columns)
         advance()
