@@ -235,18 +235,24 @@ def _attention_fwd_kernel(
 _NARROW = {
     64: (Blocks(64, 64, 1, 4, 2),),
     128: (Blocks(128, 64, 1, 8, 2, majors=(9, 10)), Blocks(64, 64, 1, 8, 2, majors=(8,))),
-    256: (Blocks(32, 32, 1, 4, 1, width=64),),
+    256: (
+        Blocks(64, 32, 1, 8, 1, width=64, majors=(9,)),
+        Blocks(64, 32, 1, 8, 2, width=64, majors=(8, 10)),
+    ),
 }
 _FLOAT32 = {
     64: (
         Blocks(64, 32, 1, 4, 2, majors=(9, 10)),
-        Blocks(64, 32, 1, 4, 1, width=32, majors=(8,)),
+        Blocks(64, 32, 1, 4, 2, width=32, majors=(8,)),
     ),
     128: (
         Blocks(64, 32, 1, 4, 2, width=32, majors=(9,)),
-        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 10)),
+        Blocks(32, 16, 1, 4, 2, width=16, majors=(8, 10)),
     ),
-    256: (Blocks(32, 16, 1, 4, 1, width=16),),
+    256: (
+        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 9)),
+    ),
 }
 CONFIGS = {
     **{(dtype, dim): _NARROW[dim] for dtype in (torch.bfloat16, torch.float16) for dim in _NARROW},

@@ -322,15 +322,22 @@ def _top_effects_kernel(
 _NARROW = {
     64: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 128, 4, 8, 2, majors=(8,))),
     128: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 64, 2, 4, 2, majors=(8,))),
-    256: (Blocks(32, 64, 1, 4, 1, width=64),),
+    256: (
+        Blocks(32, 64, 1, 4, 2, width=64, majors=(9, 10)),
+        Blocks(32, 64, 1, 4, 1, width=64, majors=(8,)),
+    ),
 }
 _FLOAT32 = {
     64: (
         Blocks(32, 128, 4, 8, 1, majors=(9,)),
-        Blocks(32, 64, 4, 4, 1, width=16, majors=(8, 10)),
+        Blocks(32, 64, 4, 4, 2, width=16, majors=(9,)),
+        Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
     ),
-    128: (Blocks(32, 64, 2, 4, 1, width=16),),
-    256: (Blocks(32, 64, 2, 4, 1, width=16),),
+    128: (
+        Blocks(32, 64, 4, 4, 2, width=16, majors=(9,)),
+        Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
+    ),
+    256: (Blocks(32, 64, 2, 4, 2, width=16),),
 }
 CONFIGS = {
     **{(dtype, dim): _NARROW[dim] for dtype in (torch.bfloat16, torch.float16) for dim in _NARROW},
@@ -342,7 +349,7 @@ VECTOR_CONFIGS = {
     for dim in (64, 128, 256)
 }
 # the head size does not enter
-EFFECT_BLOCKS = Blocks(64, 128, 16, 4, 2)
+EFFECT_BLOCKS = Blocks(64, 128, 16, 8, 2)
 
 
 def launch_top_vectors(
