@@ -64,7 +64,7 @@ test-interpret: build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_ops_triton.py
 
 test-compile: build
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
 bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching: bench-%: build model
 	$(BIN)/python bench/bench_$*.py

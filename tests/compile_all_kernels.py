@@ -9,7 +9,7 @@ import compiled
 
 @pytest.mark.parametrize(
     "case",
-    compiled.cases(tuple(compiled.DTYPES), compiled.DIMS, ("sm_80", "sm_90", "sm_100")),
+    compiled.shipped(),
     ids=str,
 )
 def test_configuration(case: compiled.Case) -> None:

@@ -127,6 +127,9 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
     ),
 }
 TILED = ("attention", "key_gradients", "query_gradients", "key_effects", "top_effects")
+TARGETS = ("sm_80", "sm_90", "sm_100")
+# what a binary should have at least as many of as the budget says; of everything else at most as many
+WANTED = ("wgmma", "async_copies")
 
 
 class Case(NamedTuple):
@@ -178,37 +181,61 @@ def numbers(case: Case) -> dict[str, int]:
     }
 
 
+def shipped() -> list[Case]:
+    """Every configuration for every target of the budget."""
+    return cases(tuple(DTYPES), DIMS, TARGETS)
+
+
+def budget() -> tuple[str, dict[str, dict[str, int]]]:
+    """The Triton version whose binaries the budget holds, and their numbers by case."""
+    if not BUDGET.exists():
+        raise FileNotFoundError(
+            "tests/triton_budget.json is missing; `python tests/compiled.py` writes it"
+        )
+    held = json.loads(BUDGET.read_text())
+    return held["triton"], held["kernels"]
+
+
 def check(case: Case) -> None:
     """Asserts what every shipped configuration promises, and its numbers where the budget knows this Triton."""
     got = numbers(case)
     assert got["shared"] <= binaries.SHARED_LIMIT[case.target], got
     assert got["plain_products"] == 0, got
-    if case.dim <= 128:
-        assert got["spilled"] == 0, got
+    assert got["spilled"] == 0, got
     if case.kernel in TILED:
         assert got["matrix"] > 0, got
-    if case.kernel in TILED and case.dtype != "f32" and case.dim <= 128:
+    if case.kernel in TILED and case.blocks.num_stages > 1:
         assert got["async_copies"] > 0, got
-        assert case.target != "sm_90" or got["wgmma"] > 0, got
-    # without a budget, what every configuration promises is all that is held
-    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"triton": None}
-    if budget["triton"] == triton.__version__:
-        allowed = budget["kernels"][str(case)]
-        over = {name: (n, allowed[name]) for name, n in got.items() if n > allowed[name]}
-        assert not over, (
-            f"above tests/triton_budget.json, which `python tests/compiled.py` rewrites: {over}"
+    # the parts of float32 rows of 256 columns leave no registers for tiles of wgmma's size
+    if case.target == "sm_90" and (case.dtype != "f32" or case.dim <= 128):
+        assert got["wgmma"] == got["matrix"], got
+    version, kernels = budget()
+    # another Triton makes other binaries: then the promises above are all that is held
+    if version == triton.__version__:
+        assert str(case) in kernels, (
+            f"{case} is not in tests/triton_budget.json, which `python tests/compiled.py` rewrites"
+        )
+        allowed = kernels[str(case)]
+        worse = {
+            name: (n, allowed[name])
+            for name, n in got.items()
+            if (n < allowed[name] if name in WANTED else n > allowed[name])
+        }
+        assert not worse, (
+            "worse than tests/triton_budget.json, which `python tests/compiled.py` rewrites; "
+            f"(got, budget): {worse}"
         )
 
 
 def main() -> None:
     """Rewrites the budget with what this Triton makes of every configuration."""
-    names = tuple(DTYPES)
-    every = cases(names, DIMS, ("sm_80", "sm_90", "sm_100"))
     found = {}
-    for case in every:
+    for case in shipped():
         found[str(case)] = numbers(case)
         print(case, found[str(case)], flush=True)
-    BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+    # one case per line: a change of one is one line of a review
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(n)}" for name, n in found.items())
+    BUDGET.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n')
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ tests/triton_budget.json.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,6 +47,32 @@ def test_every_device_dtype_and_size_has_a_configuration(name: str) -> None:
             assert len(choices) <= 12
             for major in (8, 9, 10):
                 assert any(major in blocks.majors for blocks in choices), (name, dtype, dim, major)
+
+
+def test_the_budget_is_of_the_shipped_configurations_and_the_pinned_triton() -> None:
+    version, kernels = compiled.budget()
+    assert list(kernels) == [str(case) for case in compiled.shipped()]
+    constraints = Path(__file__).parent.parent / "constraints.txt"
+    assert f"triton=={version}" in constraints.read_text().splitlines()
+
+
+def test_a_missing_budget_says_how_to_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BUDGET", Path("nowhere.json"))
+    with pytest.raises(FileNotFoundError, match="python tests/compiled.py"):
+        compiled.budget()
+
+
+def test_what_is_worse_than_the_budget_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, *_ = compiled.cases(("bf16",), (64,), ("sm_90",))
+    version, kernels = compiled.budget()
+    held = kernels[str(case)]
+    monkeypatch.setattr(compiled, "numbers", lambda _: held)
+    compiled.check(case)
+    for name, change in (("registers", -1), ("async_copies", 1)):
+        tight = {str(case): {**held, name: held[name] + change}}
+        monkeypatch.setattr(compiled, "budget", lambda tight=tight: (version, tight))
+        with pytest.raises(AssertionError, match=f"worse than.*{name}"):
+            compiled.check(case)
 
 
 @pytest.mark.parametrize("name", compiled.TILED)
