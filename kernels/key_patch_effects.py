@@ -334,6 +334,7 @@ _FLOAT32 = {
         Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
     ),
     128: (
+        Blocks(32, 128, 4, 8, 1, width=32, majors=(9,)),
         Blocks(32, 64, 4, 4, 2, width=16, majors=(9,)),
         Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
     ),
