@@ -15,8 +15,8 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-plots \
-	study study-quick clean
+	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-roofline \
+	bench-plots study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -68,6 +68,9 @@ test-compile: build
 
 bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
+
+bench-roofline: build
+	$(BIN)/python bench/roofline.py
 
 bench-plots: build
 	$(BIN)/python bench/plots.py
