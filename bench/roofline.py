@@ -8,7 +8,8 @@ and from memory. Latencies, bank conflicts, clocks below the data sheet's, the t
 slices of a row are read again are left out, so that a measured time can only be longer. Of several configurations for
 sm_90 the one with the shortest prediction is taken.
 
-Writes bench/results/roofline.csv; one row per kernel, and one per op as the sum of its kernels.
+Writes bench/results/roofline.csv; one row per kernel, and one per op as the sum of its kernels. A trip is one tile of
+one head and its chunk of cotangents; its operations are of the input's dtype, its bytes come through L2.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ OPS = {
 }
 FIELDS = (
     "op kernel kind dtype head_dim keys cotangents batch heads kv_heads blocks registers shared_bytes "
-    "programs trips instructions_per_trip tensor_ms issue_ms alu_ms fma_ms mufu_ms lsu_ms l2_ms memory_ms "
+    "programs trips operations_per_trip bytes_per_trip matrix_instructions_per_trip instructions_per_trip tensor_ms issue_ms alu_ms fma_ms mufu_ms lsu_ms l2_ms memory_ms "
     "bound predicted_ms predicted_tflops share_of_tensor_peak device commit dirty triton date"
 ).split()
 TIMES = ("tensor", "issue", "alu", "fma", "mufu", "lsu", "l2", "memory")
@@ -162,7 +163,10 @@ def predict(case: compiled.Case, keys: int) -> dict[str, object]:
         "shared_bytes": max(binary.shared for binary in found),
         "programs": programs,
         "trips": trips,
-        "instructions_per_trip": sum(sum(binary.loop.values()) for binary in found),
+        "operations_per_trip": flop / trips if trips else None,
+        "bytes_per_trip": l2 / trips if trips else None,
+        "matrix_instructions_per_trip": sum(binaries.matrix_count(b.loop) for b in found),
+        "instructions_per_trip": sum(b.loop.total() for b in found),
         **{f"{name}_ms": 1e3 * seconds[name] for name in TIMES},
         "bound": bound,
         "predicted_ms": 1e3 * seconds[bound],

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCH))
 from cases import layer_operations, operations, random_pairs  # noqa: E402
 from measure import Timing, interleaved, product_paths, write_ratios  # noqa: E402
 from random_models import NEOX_TINY, build_random, random_prompts  # noqa: E402
+from roofline import tile_pairs  # noqa: E402
 from rows import RowFile, quantiles, shape_of  # noqa: E402
 
 COLUMNS = {"op": "attribute", "provider": "atp_fast auto", "mode": "atp*", "dtype": "float32"}
@@ -114,3 +115,16 @@ def test_pictures_from_rows(tmp_path):
         add(file, [1.0, 2.0], positions)
     plots.engine(file.read(), tmp_path / "engine.png")
     assert (tmp_path / "engine.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("keys", "queries_at_once", "keys_at_once"), [(100, 16, 32), (64, 64, 8), (7, 32, 16)]
+)
+def test_the_roofline_counts_the_tiles_of_a_causal_square(keys, queries_at_once, keys_at_once):
+    tiles = {
+        (query // queries_at_once, key // keys_at_once)
+        for query in range(keys)
+        for key in range(query + 1)
+    }
+    assert tile_pairs(keys, queries_at_once, keys_at_once, "query") == len(tiles)
+    assert tile_pairs(keys, keys_at_once, queries_at_once, "key") == len(tiles)
