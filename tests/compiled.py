@@ -201,7 +201,6 @@ def check(case: Case) -> None:
     got = numbers(case)
     assert got["shared"] <= binaries.SHARED_LIMIT[case.target], got
     assert got["plain_products"] == 0, got
-    assert got["spilled"] == 0, got
     if case.kernel in TILED:
         assert got["matrix"] > 0, got
     if case.kernel in TILED and case.blocks.num_stages > 1:
@@ -210,8 +209,9 @@ def check(case: Case) -> None:
     if case.target == "sm_90" and (case.dtype != "f32" or case.dim <= 128):
         assert got["wgmma"] == got["matrix"], got
     version, kernels = budget()
-    # another Triton makes other binaries: then the promises above are all that is held
+    # registers were tuned with one Triton: another makes other binaries, of which only the above is asked
     if version == triton.__version__:
+        assert got["spilled"] == 0, got
         assert str(case) in kernels, (
             f"{case} is not in tests/triton_budget.json, which `python tests/compiled.py` rewrites"
         )
