@@ -186,6 +186,8 @@ def run(
     on: Tensor,
 ) -> None:
     """Start kernel on the device of `on` with one of the choices; programs gives their grid's size."""
+    # a default that Triton's versions and environment change
+    arguments = {**arguments, "enable_fp_fusion": True}
     with torch.cuda.device_of(on):
         if on.is_cuda and len(choices) > 1:
             tuned = _tuned(kernel, choices)

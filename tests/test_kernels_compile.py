@@ -107,7 +107,8 @@ def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyP
     kernel = compiled.attention._attention_fwd_kernel
     choices = (launch.Blocks(64, 64, 1, 4, 2), launch.Blocks(128, 64, 1, 8, 2))
     launch.run(kernel, lambda b: 1024 // b.block_m, {}, choices, torch.empty(0))
-    ((tuned, grid, _),) = started
+    ((tuned, grid, arguments),) = started
+    assert arguments == {"enable_fp_fusion": True}
     assert [config.kwargs["BLOCK_M"] for config in tuned.configs] == [64, 128]
     assert [config.num_warps for config in tuned.configs] == [4, 8]
     assert grid(tuned.configs[1].kwargs) == (8,)
