@@ -236,7 +236,8 @@ _NARROW = {
     64: (Blocks(64, 64, 1, 4, 2),),
     128: (Blocks(128, 64, 1, 8, 2, majors=(9, 10)), Blocks(64, 64, 1, 8, 2, majors=(8,))),
     256: (
-        Blocks(64, 32, 1, 8, 1, width=64, majors=(9,)),
+        Blocks(64, 16, 1, 8, 1, width=64, majors=(9,)),
+        Blocks(64, 16, 1, 8, 2, width=32, majors=(9,)),
         Blocks(64, 32, 1, 8, 2, width=64, majors=(8, 10)),
     ),
 }
@@ -250,8 +251,9 @@ _FLOAT32 = {
         Blocks(32, 16, 1, 4, 2, width=16, majors=(8, 10)),
     ),
     256: (
-        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
-        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 9)),
+        Blocks(64, 16, 1, 8, 1, width=16, majors=(9,)),
+        Blocks(32, 16, 1, 4, 2, width=16, majors=(10,)),
+        Blocks(32, 16, 1, 4, 1, width=16, majors=(8,)),
     ),
 }
 CONFIGS = {

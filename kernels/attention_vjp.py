@@ -328,18 +328,20 @@ KEY_CONFIGS = {
     (torch.float16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
     (torch.float32, 64): (
         Blocks(32, 128, 1, 8, 2, majors=(9,)),
-        Blocks(32, 64, 1, 4, 2, width=16, majors=(10,)),
-        Blocks(16, 64, 1, 4, 2, width=16, majors=(8,)),
+        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(16, 64, 1, 4, 2, width=16, majors=(8, 10)),
     ),
     (torch.float32, 128): (
         Blocks(16, 128, 1, 8, 1, majors=(9,)),
         Blocks(32, 64, 1, 4, 2, width=16, majors=(9,)),
-        Blocks(16, 64, 1, 4, 2, width=16, majors=(10,)),
+        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
         Blocks(16, 32, 1, 4, 2, width=16, majors=(8,)),
     ),
     (torch.float32, 256): (
-        Blocks(32, 64, 1, 8, 2, width=16, majors=(10,)),
-        Blocks(16, 16, 1, 4, 1, width=16, majors=(8, 9)),
+        Blocks(16, 64, 1, 8, 1, width=16, majors=(9,)),
+        Blocks(16, 64, 1, 8, 2, width=16, majors=(9,)),
+        Blocks(32, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(16, 16, 1, 4, 1, width=16, majors=(8,)),
     ),
 }
 QUERY_CONFIGS = {
@@ -363,8 +365,9 @@ QUERY_CONFIGS = {
         Blocks(32, 16, 1, 4, 2, width=16, majors=(8, 10)),
     ),
     (torch.float32, 256): (
-        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
-        Blocks(32, 16, 1, 4, 1, width=16, majors=(8, 9)),
+        Blocks(64, 16, 1, 8, 2, width=16, majors=(9,)),
+        Blocks(32, 16, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(32, 16, 1, 4, 1, width=16, majors=(8,)),
     ),
 }
 

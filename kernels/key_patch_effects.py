@@ -320,8 +320,12 @@ def _top_effects_kernel(
 
 
 _NARROW = {
-    64: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 128, 4, 8, 2, majors=(8,))),
-    128: (Blocks(32, 128, 6, 8, 2, majors=(9, 10)), Blocks(32, 64, 2, 4, 2, majors=(8,))),
+    64: (Blocks(32, 128, 6, 8, 2, majors=(9,)), Blocks(32, 128, 4, 8, 2, majors=(8, 10))),
+    128: (
+        Blocks(32, 128, 6, 8, 2, majors=(9,)),
+        Blocks(32, 128, 4, 8, 2, majors=(10,)),
+        Blocks(32, 64, 2, 4, 2, majors=(8,)),
+    ),
     256: (
         Blocks(32, 64, 1, 4, 2, width=64, majors=(9, 10)),
         Blocks(32, 64, 1, 4, 1, width=64, majors=(8,)),
