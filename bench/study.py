@@ -36,7 +36,7 @@ class Part(NamedTuple):
 FULL = (
     Part("city", None, ("attention", "neuron"), Plan()),
     Part("ioi_pair", None, ("attention", "neuron"), Plan()),
-    Part("ioi", 12, ("attention",), Plan(seeds=3, limit=2000)),
+    Part("ioi", 12, ("attention",), Plan(seeds=2, limit=2000)),
     Part("random", None, ("attention",), Plan(seeds=1, limit=600, forwards=1000, probability=0.02)),
 )
 _QUICK = Plan(seeds=2, top=300, limit=500, forwards=700, probability=0.03)
