@@ -48,9 +48,8 @@ def save_tensors(
     header: Mapping[str, Any],
 ) -> None:
     """Write tensors, and a header of anything JSON holds, as a file of this kind. Raises OSError naming the path."""
-    from safetensors.torch import (
-        save_file,
-    )  # with torch, which the command line's help does without
+    # imports torch, which the command line's help does without
+    from safetensors.torch import save_file
 
     # safetensors refuses tensors that share memory, and views of a larger tensor often do.
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}

@@ -6,8 +6,6 @@ what libraries set up on first use is not counted.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
 from pathlib import Path
@@ -23,6 +21,9 @@ import atp_fast.patching
 from atp_fast import Engine, PromptPairs
 from atp_fast.memory import estimate_sweep, patched_rows, plan_sweep
 from atp_fast.nodes import ATTENTION_KINDS, KINDS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from measure import extra_peak, reset_peak
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -60,21 +61,6 @@ def every_position(logits: Tensor, pairs: PromptPairs) -> Tensor:
     return logits.logsumexp(-1).sum(1)
 
 
-def resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-def reset_peak() -> int:
-    """Give freed memory back and set the kernel's peak to the present; returns it."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmHWM")
-
-
 def sweep_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     """Of Engine.attribute: peak bytes beyond the model and the scores, the estimate, and the plan."""
     engine = Engine(model, precision=case.get("precision"), memory_budget=case["budget"])
@@ -91,7 +77,7 @@ def sweep_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     metric = every_position if case.get("every_position") else "nll"
     before = reset_peak()
     result = engine.attribute(pairs, metric, case["method"], kinds, progress=False)
-    found["peak"] = resident("VmHWM") - before
+    found["peak"] = extra_peak(before)
     tables = (*result.contribution.values(), *result.effect.values())
     found["peak"] -= sum(t.nbytes for t in tables)
     return found
@@ -113,7 +99,7 @@ def patch_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     metric = every_position if case.get("every_position") else "nll"
     before = reset_peak()
     engine.patch(pairs, nodes, metric, progress=False)
-    return {"peak": resident("VmHWM") - before, "rows": rows}
+    return {"peak": extra_peak(before), "rows": rows}
 
 
 def main() -> None:
