@@ -19,13 +19,7 @@ from atp_fast.memory import Budget, patched_rows
 from atp_fast.metrics import Metric
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
 from atp_fast.pairs import PromptPairs
-from atp_fast.runs import (
-    PairRuns,
-    filled,
-    metric_logits,
-    metric_values,
-    run_pairs,
-)
+from atp_fast.runs import PairRuns, both_logits, filled, metric_logits, run_pairs
 
 
 class NodeTable(NamedTuple):
@@ -158,16 +152,14 @@ class PatchSession:
             for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
         ]
         with torch.no_grad():
-            self.clean_value = metric_values(plug, self.runs, self.runs.clean[-1], metric)
-            self.source_logits = (
-                metric_logits(plug, self.runs, self.runs.corrupted[-1], metric)
-                if metric.needs_source_logits
-                else None
-            )
+            last, self.source_logits = self.runs.clean[-1], None
+            if metric.needs_source_logits:
+                logits, self.source_logits = both_logits(plug, self.runs, last, metric)
+            else:
+                logits = metric_logits(plug, self.runs, last, metric)
+            self.clean_value = metric(logits, self.runs.given, self.source_logits)
             whole = metric.positions == "all" or metric.all_pairs_at_once
-            self.clean_logits = (
-                metric_logits(plug, self.runs, self.runs.clean[-1], metric) if whole else None
-            )
+            self.clean_logits = logits if whole else None
 
     def stored_bytes(self) -> int:
         """Bytes of both runs and of their node values."""

@@ -167,26 +167,37 @@ def metric_logits(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) ->
     output: the last layer's output (pairs, positions, hidden). All-position logits are in the user's layout; columns of
     padding repeat a real one.
     """
-    pairs = runs.pairs
     if metric.positions == "last":
-        rows = torch.arange(len(pairs), device=output.device)
-        return plug.logits(output[rows, pairs.last - runs.start][:, None])
-    logits = plug.logits(output)
+        return _finite_logits(plug, _ends(runs, output))
+    logits = _finite_logits(plug, output)
     if runs.prefix_output is not None:
         with torch.no_grad():
-            before = plug.logits(runs.prefix_output)
+            before = _finite_logits(plug, runs.prefix_output)
         logits = torch.cat([before, logits], 1)
     columns = torch.arange(runs.given.clean_ids.shape[1], device=logits.device)
     columns = (columns - runs.given.starts.to(logits.device)[:, None]).clamp(0, logits.shape[1] - 1)
     return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
 
 
-def metric_values(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) -> Tensor:
-    """The metric of each pair, (pairs,), for the last layer's output of a run of these pairs."""
-    logits = metric_logits(plug, runs, output, metric)
+def both_logits(plug: Plug, runs: PairRuns, clean: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """metric_logits of the clean run, whose last output is given, and of the corrupted one, which has no graph."""
+    corrupted = runs.corrupted[-1]
+    if metric.positions == "last":  # few rows: the head's weights are read once for both
+        ends = torch.cat([_ends(runs, clean), _ends(runs, corrupted)])
+        first, second = _finite_logits(plug, ends).chunk(2)
+        return first, second.detach()
+    with torch.no_grad():
+        found = metric_logits(plug, runs, corrupted, metric)
+    return metric_logits(plug, runs, clean, metric), found
+
+
+def _ends(runs: PairRuns, output: Tensor) -> Tensor:
+    """The last layer's output at each pair's last position, (pairs, 1, hidden)."""
+    rows = torch.arange(len(runs.pairs), device=output.device)
+    return output[rows, runs.pairs.last - runs.start][:, None]
+
+
+def _finite_logits(plug: Plug, output: Tensor) -> Tensor:
+    logits = plug.logits(output)
     check_finite(logits.detach(), "the logits")
-    source = None
-    if metric.needs_source_logits:
-        with torch.no_grad():
-            source = metric_logits(plug, runs, runs.corrupted[-1], metric)
-    return metric(logits, runs.given, source)
+    return logits

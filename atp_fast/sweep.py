@@ -21,7 +21,7 @@ from atp_fast.metrics import Metric
 from atp_fast.nodes import NodeSpace
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.pairs import PromptPairs
-from atp_fast.runs import PairRuns, metric_values, run_for_values, run_pairs
+from atp_fast.runs import PairRuns, both_logits, run_for_values, run_pairs
 from atp_fast.tape import LayerTape, Values
 
 HEADED = ("q", "k", "v", "z")
@@ -111,13 +111,18 @@ class Scores:
         return x.gather(1, index).masked_fill(~here[..., None], 0)
 
 
-def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor]:
-    """The metric of each pair, (pairs,), and its gradient by the last layer's output, (pairs, positions, hidden)."""
+def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """The metric of each pair's clean and corrupted run, (pairs,) each, and the former's gradient by the last layer's output.
+
+    The gradient has shape (pairs, positions, hidden).
+    """
     last = runs.clean[-1].detach().requires_grad_()
     with torch.enable_grad():
-        values = metric_values(plug, runs, last, metric)
-        gradient = torch.autograd.grad(values.sum(), last)[0]
-    return values.detach(), gradient
+        clean, corrupted = both_logits(plug, runs, last, metric)
+        source = corrupted if metric.needs_source_logits else None
+        value = metric(clean, runs.given, source)
+        gradient = torch.autograd.grad(value.sum(), last)[0]
+    return value.detach(), metric(corrupted, runs.given, source), gradient
 
 
 def sweep(
@@ -139,9 +144,7 @@ def sweep(
     chunk: cotangents taken at once (all when None), halved when memory runs out; advance: called after every layer.
     """
     runs = run_pairs(plug, pairs, scores.space.kinds, taped_from=taped_from, precision=precision)
-    clean_value, cotangent = top_cotangent(plug, runs, metric)
-    with torch.no_grad():
-        corrupted_value = metric_values(plug, runs, runs.corrupted[-1], metric)
+    clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
     cotangents = cotangent[None]
     live = runs.differs()
     all_live = bool(live.all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Layer:
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None
+    activations: Sequence[nn.Module] = ()
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atp_fast.hf.activations import find_activations, fused
 from atp_fast.hf.attention import NAME, LayerRun, running
 from atp_fast.hf.inspection import (
     Call,
@@ -98,7 +99,7 @@ class Plug:
         self.name = type(model).__name__
         self.backend = backend
         self.list_parent, self.list_name, modules = self._find_layers()
-        self.layers = [Layer(module) for module in modules]
+        self.layers = [Layer(module, activations=find_activations(module)) for module in modules]
         self.inspection = Inspection(True, None, self.name, len(self.layers))
         config = self.model.config.get_text_config(decoder=True)
         self.inspection.context = getattr(config, "max_position_embeddings", None)
@@ -372,6 +373,7 @@ class Plug:
         token = running.set(run)
         try:
             with contextlib.ExitStack() as hooks:
+                hooks.enter_context(fused(layer.activations))
                 for kind, module in self._watched(layer, run.kinds):
                     hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
                 out = layer.module(x, *arguments.args, **arguments.kwargs)
