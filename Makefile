@@ -15,8 +15,8 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-roofline \
-	bench-plots study study-quick clean
+	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile \
+	bench-roofline bench-plots study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -66,7 +66,7 @@ test-interpret: build
 test-compile: build
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
-bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching: bench-%: build model
+bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-roofline: build

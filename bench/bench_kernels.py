@@ -37,6 +37,7 @@ from rows import RESULTS, ROOT, RowFile
 from torch import Tensor
 
 from atp_fast import ops
+from atp_fast.ops.trial import Inputs, calls_of, random_inputs
 
 HEADS = 12
 LARGEST_REFERENCE = 1 << 30  # bytes of one (C, heads, T, T) matrix; the reference makes several
@@ -58,55 +59,23 @@ PRODUCTS: dict[str, Callable[[int], int]] = {
 Provider = Callable[[], object]
 
 
-def make_inputs(positions: int, head_dim: int, cotangents: int) -> dict[str, Tensor]:
-    """Random queries, keys, values, their corrupted twins and cotangents."""
-    generator = torch.Generator().manual_seed(0)
-    names = ("q", "k", "v", "q_corrupted", "k_corrupted")
-    shape = (1, HEADS, positions, head_dim)
-    found = {name: torch.randn(shape, generator=generator) for name in names}
-    found["grad_z"] = torch.randn((cotangents, *shape), generator=generator)
-    return found
-
-
-def call(op: str, x: dict[str, Tensor], backend: str, stats: ops.AttentionStats) -> Provider:
-    """One call of an op."""
-    q, k, v = x["q"], x["k"], x["v"]
-    if op == "attention":
-        return partial(ops.attention, q, k, v, backend=backend)
-    if op == "node_effects":
-        weights = torch.full((len(x["grad_z"]),), 1.0)
-        return partial(ops.node_effects, q, x["grad_z"], weights=weights, backend=backend)
-    options: dict[str, Any] = {"grad_z": x["grad_z"], "backend": backend}
-    if op in ("query_patch_effects", "attention_vjp_effects"):
-        options["q_corrupted"] = x["q_corrupted"]
-    if op in ("key_patch_effects", "attention_vjp_effects"):
-        options["k_corrupted"] = x["k_corrupted"]
-    if op != "query_patch_effects":
-        options["stats"] = stats
-    return partial(getattr(ops, op), q, k, v, **options)
-
-
-def stock(op: str, x: dict[str, Tensor]) -> dict[str, Provider]:
+def stock(op: str, x: Inputs) -> dict[str, Provider]:
     """What a user without this package would write."""
     if op == "attention":
-        attend = partial(F.scaled_dot_product_attention, x["q"], x["k"], x["v"], is_causal=True)
+        attend = partial(F.scaled_dot_product_attention, x.q, x.k, x.v, is_causal=True)
         return {"SDPA": attend}
     if op != "attention_vjp":
         return {}
-    inputs = [x[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    inputs = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
     z = F.scaled_dot_product_attention(*inputs, is_causal=True)
 
     def grad(g: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(z, inputs, g, retain_graph=True)
 
     def one_by_one() -> list[tuple[Tensor, ...]]:
-        return [grad(g) for g in x["grad_z"]]
+        return [grad(g) for g in x.grad_z]
 
-    return {"SDPA, vmap": lambda: torch.func.vmap(grad)(x["grad_z"]), "SDPA, loop": one_by_one}
-
-
-def compiled_reference(op: str, x: dict[str, Tensor], stats: ops.AttentionStats) -> Provider:
-    return torch.compile(call(op, x, "reference", stats))
+    return {"SDPA, vmap": lambda: torch.func.vmap(grad)(x.grad_z), "SDPA, loop": one_by_one}
 
 
 def bench_cell(
@@ -118,19 +87,18 @@ def bench_cell(
     rounds: int,
     compiled: bool,
 ) -> None:
-    x = make_inputs(positions, head_dim, cotangents)
-    q, k, v = x["q"], x["k"], x["v"]
-    _, stats = ops.attention(q, k, v)
-    backend = ops.backend_for(q)
-    providers: dict[str, Provider] = {backend: call(op, x, backend, stats), **stock(op, x)}
+    x = random_inputs((1, HEADS, positions, head_dim), cotangents)
+    call, backend = calls_of(x)[op], ops.backend_for(x.q)
+    reference = partial(call, backend="reference")
+    providers: dict[str, Provider] = {backend: partial(call, backend=backend), **stock(op, x)}
     matrix = 4 * HEADS * positions**2 * (1 if op == "attention" else cotangents)
     note = ""
     if op == "node_effects" or matrix <= LARGEST_REFERENCE:
-        providers["reference"] = call(op, x, "reference", stats)
+        providers["reference"] = reference
     else:
         note = f"reference left out: one of its matrices takes {matrix / 2**30:.1f} GiB"
     if compiled and op == "key_patch_effects" and (positions, cotangents) == (1024, 12):
-        providers["reference, torch.compile"] = compiled_reference(op, x, stats)
+        providers["reference, torch.compile"] = torch.compile(reference)
     paths = product_paths()
     source = torch.randn(1 << 25)
     target = torch.empty_like(source)
@@ -177,14 +145,10 @@ def shares(
 
 def memory_of(op: str, positions: int, head_dim: int, cotangents: int, backend: str) -> int:
     """Peak bytes of one call beside its inputs and outputs; run in a process of its own."""
-    warm = make_inputs(16, head_dim, 2)
-    _, stats = ops.attention(warm["q"], warm["k"], warm["v"])
-    call(op, warm, backend, stats)()
-    x = make_inputs(positions, head_dim, cotangents)
-    _, stats = ops.attention(x["q"], x["k"], x["v"])
-    run = call(op, x, backend, stats)
+    calls_of(random_inputs((1, HEADS, 16, head_dim), 2))[op](backend=backend)
+    call = calls_of(random_inputs((1, HEADS, positions, head_dim), cotangents))[op]
     before = reset_peak()
-    out = run()
+    out = call(backend=backend)
     tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
     return extra_peak(before) - sum(t.nbytes for t in tensors)
 

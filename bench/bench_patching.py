@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 import torch
-from measure import Timing, alone, interleaved, timed, write_ratios
+from measure import Timing, alone, check_environment, interleaved, timed, write_ratios
 from rows import RESULTS, RowFile
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "patching.csv")
     parser.add_argument("--lock", type=Path, help="file to lock while timing, on a shared machine")
     options = parser.parse_args()
+    check_environment()
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     bench(options)
 

@@ -6,12 +6,9 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -39,6 +36,7 @@ def bench(
 
     from atp_fast import ops
     from atp_fast.cli.show import console
+    from atp_fast.ops.trial import calls_of, random_inputs
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be among {', '.join(_DTYPES)}, got {dtype!r}")
@@ -49,9 +47,8 @@ def bench(
         raise ValueError("--device cuda needs a CUDA device, torch sees none")
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
-    calls = _calls(
-        (1, heads, positions, head_dim), cotangents, getattr(torch, dtype), torch.device(device)
-    )
+    shape = (1, heads, positions, head_dim)
+    calls = calls_of(random_inputs(shape, cotangents, getattr(torch, dtype), device))
     compiled = ops.backend_for(torch.empty(0, device=device))
     names = list(dict.fromkeys(["reference", compiled]))
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
@@ -70,38 +67,6 @@ def bench(
             f"{medians['reference'] / medians[compiled]:.1f}",
         )
     console().print(table)
-
-
-def _calls(
-    shape: tuple[int, int, int, int], cotangents: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[..., Any]]:
-    """Each op on the same random inputs of this shape (1, heads, positions, head_dim), but for its backend."""
-    import torch
-
-    from atp_fast import ops
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
-
-    q, k, v, q_corrupted, k_corrupted = (random(*shape) for _ in range(5))
-    grad_z = random(cotangents, *shape)
-    stats = ops.attention(q, k, v)[1]
-    weights = torch.ones(cotangents, device=device)
-    patched: dict[str, Any] = {"q_corrupted": q_corrupted, "grad_z": grad_z}
-    vjp: dict[str, Any] = {"stats": stats, "grad_z": grad_z}
-    both: dict[str, Any] = {**patched, **vjp, "k_corrupted": k_corrupted}
-    return {
-        "attention": partial(ops.attention, q, k, v),
-        "attention_vjp": partial(ops.attention_vjp, q, k, v, **vjp),
-        "query_patch_effects": partial(ops.query_patch_effects, q, k, v, **patched),
-        "key_patch_effects": partial(
-            ops.key_patch_effects, q, k, v, k_corrupted=k_corrupted, **vjp
-        ),
-        "attention_vjp_effects": partial(ops.attention_vjp_effects, q, k, v, **both),
-        "node_effects": partial(ops.node_effects, q, grad_z, weights=weights),
-    }
 
 
 def _medians(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:

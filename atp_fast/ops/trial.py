@@ -1,0 +1,58 @@
+"""Every op on random inputs, for whoever times the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from atp_fast import ops
+
+
+class Inputs(NamedTuple):
+    """Queries, keys, values and corrupted twins (batch, heads, positions, dim), and cotangents (C, ...)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_corrupted: Tensor
+    k_corrupted: Tensor
+    grad_z: Tensor
+
+
+def random_inputs(
+    shape: tuple[int, int, int, int],
+    cotangents: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Normally distributed, the same for the same shape; shape: (batch, heads, positions, head_dim)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    q, k, v, q_corrupted, k_corrupted = (random(*shape) for _ in range(5))
+    return Inputs(q, k, v, q_corrupted, k_corrupted, random(cotangents, *shape))
+
+
+def calls_of(x: Inputs) -> dict[str, Callable[..., Any]]:
+    """Each op on these inputs; what is left to give is its backend."""
+    stats = ops.attention(x.q, x.k, x.v)[1]
+    weights = torch.ones(len(x.grad_z), device=x.q.device)
+    moved: dict[str, Any] = {"q_corrupted": x.q_corrupted, "grad_z": x.grad_z}
+    vjp: dict[str, Any] = {"stats": stats, "grad_z": x.grad_z}
+    qkv = (x.q, x.k, x.v)
+    return {
+        "attention": partial(ops.attention, *qkv),
+        "attention_vjp": partial(ops.attention_vjp, *qkv, **vjp),
+        "query_patch_effects": partial(ops.query_patch_effects, *qkv, **moved),
+        "key_patch_effects": partial(ops.key_patch_effects, *qkv, k_corrupted=x.k_corrupted, **vjp),
+        "attention_vjp_effects": partial(
+            ops.attention_vjp_effects, *qkv, k_corrupted=x.k_corrupted, **moved, stats=stats
+        ),
+        "node_effects": partial(ops.node_effects, x.q, x.grad_z, weights=weights),
+    }
