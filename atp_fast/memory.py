@@ -28,9 +28,9 @@ _UNITS = {
 # Rows of matrix products (pairs or patched rows, times positions, times cotangents) beyond which a larger batch gains
 # nothing more.
 _ROWS_ENOUGH = {"cpu": 2048, "cuda": 65536}
-# Under "auto" tapes take this share of the budget, by whether there is one cotangent or many; an explicit one is used up.
-# A tape saves two forwards of its layer: two fifths of the work of one cotangent, a fifth at most of GradDrop's.
-_AUTO_TAPE_SHARE = {"one": 1 / 16, "many": 1 / 64}
+# Under "auto" tapes take this share of the budget; an explicit one is used up. A tape saves two forwards of its layer: two
+# fifths of plain AtP's work, a fifth of AtP*'s on twelve layers.
+_AUTO_TAPE_SHARE = 1 / 16
 
 
 class SweepPlan(NamedTuple):
@@ -193,8 +193,7 @@ def plan_sweep(
     tapes = layers
     if budget.auto:
         tape = batch * size.positions * costs(plug, size.kinds).tape
-        share = _AUTO_TAPE_SHARE["one" if size.cotangents == 1 else "many"]
-        tapes = min(layers, int(budget.bytes * share) // tape)
+        tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
     if plug.offloaded:  # a tape would hold its layer's weights in memory
         tapes = 0
     while tapes and not fits(batch, chunk, tapes):

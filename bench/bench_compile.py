@@ -4,7 +4,7 @@ One layer of random-weight GPT-NeoX-160M (Pythia-160M's shape), from its output 
 for 6 cotangents at once, AtP*'s average. The engine has the forward pass on a tape; the compiled function runs it
 again, as every torch.compile of a vector-Jacobian product does. Rows go to bench/results/compile.csv:
   wall_seconds     "autograd, tape kept" (the engine's way), "autograd" with the forward pass, "torch.compile"
-  first_seconds    the compiled function's first call of a shape, which compiles it
+  first_seconds    the compiled function's first call of a shape, which compiles it (no cache on disk)
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
         found: tuple[Tensor, ...] = torch.func.vmap(torch.func.vjp(output, x, z)[1])(grad)
         return found
 
+    torch.compiler.config.force_disable_caches = True
     compiled = torch.compile(vjp)
     for positions in (32, 128, 512):
         shape = (1, positions, model.config.hidden_size)

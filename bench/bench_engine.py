@@ -42,6 +42,8 @@ from atp_fast.sweep import METHODS
 
 TIMED_METHODS = ("atp", "atp+qk", "atp*")
 PRODUCTS = {None: "float32", "bf16": "float32, products bf16"}
+SMALL_BUDGET = "300MiB"
+"""Given to AtP* on long prompts beside the default: less memory, more time."""
 AGREEMENT = 1e-3
 """Largest difference of float32 scores, by the largest score of the kind."""
 
@@ -53,11 +55,13 @@ class Provider(NamedTuple):
     backend: str
     method: str
     precision: str | None = None
+    memory_budget: str | None = None
 
     def columns(self) -> dict[str, str]:
         """The row columns that tell it from others."""
         name = self.name if self.name == "literal" else f"atp_fast {self.backend}"
-        return {"provider": name, "mode": self.method, "dtype": PRODUCTS[self.precision]}
+        budget = f", memory_budget={self.memory_budget}" if self.memory_budget else ""
+        return {"provider": name, "mode": self.method + budget, "dtype": PRODUCTS[self.precision]}
 
 
 def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callable[[], object]:
@@ -65,7 +69,12 @@ def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callabl
     pairs = random_pairs(model, 1, positions)
     if provider.name == "literal":
         return lambda: literal_attribution(model, pairs, "logit_diff", provider.method)[0]
-    engine = Engine(model, backend=provider.backend, precision=provider.precision)
+    engine = Engine(
+        model,
+        backend=provider.backend,
+        precision=provider.precision,
+        memory_budget=provider.memory_budget,
+    )
     return lambda: (
         engine.attribute(pairs, "logit_diff", provider.method, progress=False).contribution
     )
@@ -96,6 +105,8 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
         for precision in options.precisions
         if precision is None or method == "atp*"  # one cotangent has little to gain
     ]
+    if positions >= 512 and "atp*" in options.methods:
+        ours.append(Provider("atp_fast", options.backend, "atp*", memory_budget=SMALL_BUDGET))
     literal = [Provider("literal", "", method) for method in options.methods]
     providers = [*([] if positions > options.literal_up_to else literal), *ours]
     paths = product_paths()

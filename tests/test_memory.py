@@ -22,7 +22,6 @@ from atp_fast.memory import (
     SweepPlan,
     SweepSize,
     budget_for,
-    costs,
     estimate_sweep,
     free_memory,
     patched_rows,
@@ -135,22 +134,6 @@ def test_plans_keep_to_the_budget_and_grow_with_it(together: bool, auto: bool) -
             and plan.pairs == min(20, -(-ENOUGH // (plan.chunk * size.positions)))
         )
         assert plan.taped_from == 0
-
-
-def test_auto_keeps_more_tapes_for_one_cotangent() -> None:
-    """They save two fifths of its work, and a smaller part of GradDrop's."""
-    plug = Engine(zoo.build("llama")).plug
-    one = SweepSize(positions=64, prefix=0, cotangents=1, kinds=DEFAULT, logits=1)
-    budget = Budget(64 * one.positions * costs(plug, DEFAULT).tape, auto=True)
-    layers = len(plug.layers)
-    kept = {
-        count: layers
-        - plan_sweep(
-            plug, budget, one._replace(cotangents=count), pairs=1, together=False
-        ).taped_from
-        for count in (1, layers + 1)
-    }
-    assert kept == {1: min(4, layers), layers + 1: 1}
 
 
 def test_estimates_grow_with_the_work() -> None:
