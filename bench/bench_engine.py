@@ -42,7 +42,7 @@ from atp_fast.sweep import METHODS
 
 TIMED_METHODS = ("atp", "atp+qk", "atp*")
 PRODUCTS = {None: "float32", "bf16": "float32, products bf16"}
-SMALL_BUDGET = "300MiB"
+SMALL_BUDGET = "150MiB"
 """Given to AtP* on long prompts beside the default: less memory, more time."""
 AGREEMENT = 1e-3
 """Largest difference of float32 scores, by the largest score of the kind."""
