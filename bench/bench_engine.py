@@ -7,6 +7,8 @@ scores are compared before anything is timed. Both sides run with their defaults
   share_of_bound                               the time that the products alone would take at the best rate, by ours
   extra_peak_bytes                             resident memory above the loaded model, in a process of its own
   operations_per_second                        of matrix products, measured in the same rounds
+Where there is a GPU, the model is a Llama of 1.2 billion weights in bfloat16, the literal reference runs in its dtype, and
+memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from measure import (
     reset_peak,
     write_ratios,
 )
-from random_models import NEOX_160M
+from random_models import LLAMA_1B, NEOX_160M
 from rows import RESULTS, RowFile
 from transformers import PreTrainedModel
 
@@ -41,7 +43,8 @@ from atp_fast.models import DEMO_MODEL
 from atp_fast.sweep import METHODS
 
 TIMED_METHODS = ("atp", "atp+qk", "atp*")
-PRODUCTS = {None: "float32", "bf16": "float32, products bf16"}
+GPU = torch.cuda.is_available()
+REPEATS = 3 if GPU else 1
 SMALL_BUDGET = "150MiB"
 """Given to AtP* on long prompts beside the default: less memory, more time."""
 AGREEMENT = 1e-3
@@ -57,11 +60,12 @@ class Provider(NamedTuple):
     precision: str | None = None
     memory_budget: str | None = None
 
-    def columns(self) -> dict[str, str]:
+    def columns(self, dtype: str) -> dict[str, str]:
         """The row columns that tell it from others."""
         name = self.name if self.name == "literal" else f"atp_fast {self.backend}"
         budget = f", memory_budget={self.memory_budget}" if self.memory_budget else ""
-        return {"provider": name, "mode": self.method + budget, "dtype": PRODUCTS[self.precision]}
+        products = f", products {self.precision}" if self.precision else ""
+        return {"provider": name, "mode": self.method + budget, "dtype": dtype + products}
 
 
 def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callable[[], object]:
@@ -81,7 +85,9 @@ def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callabl
 
 
 def check_agreement(model: PreTrainedModel, positions: int, backend: str) -> None:
-    """Raises RuntimeError where the engine and the literal reference differ by more than rounding."""
+    """Raises RuntimeError where, on the model in float32, the engine and the literal reference differ by more than
+    rounding; the model is in float32 afterwards."""
+    model.float()
     for method in TIMED_METHODS:
         ours = setup(model, Provider("atp_fast", backend, method), positions)()
         theirs = setup(model, Provider("literal", "", method), positions)()
@@ -97,22 +103,25 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
     """All rows of one model and prompt length."""
     model, file = build(model_name), RowFile(options.out)
     shape = {"model": model_name, "T": positions, "B": 1}
+    own = model.dtype
+    dtype = str(own).removeprefix("torch.")
     with alone(options.lock):
         check_agreement(model, min(positions, 64), options.backend)
+    model.to(own)
     ours = [
         Provider("atp_fast", options.backend, method, precision)
         for method in options.methods
         for precision in options.precisions
         if precision is None or method == "atp*"  # one cotangent has little to gain
     ]
-    if positions >= 512 and "atp*" in options.methods:
+    if positions >= 512 and "atp*" in options.methods and not GPU:
         ours.append(Provider("atp_fast", options.backend, "atp*", memory_budget=SMALL_BUDGET))
     literal = [Provider("literal", "", method) for method in options.methods]
     providers = [*([] if positions > options.literal_up_to else literal), *ours]
     paths = product_paths()
     calls: dict[object, Callable[[], object]] = {p: setup(model, p, positions) for p in providers}
     calls |= {name: call for name, (call, _) in paths.items()}
-    timings = interleaved(calls, options.rounds, lock=options.lock)
+    timings = interleaved(calls, options.rounds, lock=options.lock, repeats=REPEATS)
 
     rates = {name: [paths[name][1] / s for s in timings[name].wall] for name in paths}
     for name, values in rates.items():
@@ -121,19 +130,14 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
             op="product",
             provider="torch",
             mode=name,
-            shape={
-                "rows": 3072,
-                "inner": 768,
-                "columns": 3072,
-                "beside": f"{model_name} T{positions}",
-            },
+            shape={"operations": paths[name][1], "beside": f"{model_name} T{positions}"},
             dtype=name.split()[0],
             metric="operations_per_second",
         )
-    best = {None: max(max(v) for name, v in rates.items() if name.startswith("float32"))}
+    best = {None: max(max(v) for name, v in rates.items() if name.startswith(dtype))}
     best["bf16"] = max(best[None], max(rates["bfloat16"]))
     for provider in providers:
-        columns = {"op": "attribute", "shape": shape, **provider.columns()}
+        columns = {"op": "attribute", "shape": shape, **provider.columns(dtype)}
         timing: Timing = timings[provider]
         timing.write(file, **columns)
         if provider.name == "literal":
@@ -154,21 +158,14 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
                 [],
                 metric="wall_seconds",
                 note=f"not run: longer than {options.literal_up_to} tokens",
-                **{"op": "attribute", "shape": shape, **provider.columns()},
+                **{"op": "attribute", "shape": shape, **provider.columns(dtype)},
             )
     if options.memory:
         for provider in providers:
-            measure_memory(model_name, positions, provider, file, options)
-
-
-def measure_memory(
-    model_name: str, positions: int, provider: Provider, file: RowFile, options: argparse.Namespace
-) -> None:
-    """The row "extra_peak_bytes" of one provider."""
-    case = json.dumps([model_name, positions, provider])
-    found = in_subprocess([__file__, "--peak-of", case], options.lock)
-    columns = {"op": "attribute", "shape": {"model": model_name, "T": positions, "B": 1}}
-    file.add([found], metric="extra_peak_bytes", **columns, **provider.columns())
+            case = json.dumps([model_name, positions, provider])
+            found = in_subprocess([__file__, "--peak-of", case], options.lock)
+            columns = {"op": "attribute", "shape": shape, **provider.columns(dtype)}
+            file.add([found], metric="extra_peak_bytes", **columns)
 
 
 def print_peak(case: str) -> None:
@@ -182,14 +179,17 @@ def print_peak(case: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=[NEOX_160M, DEMO_MODEL], action="append")
+    parser.add_argument("--model", choices=[NEOX_160M, DEMO_MODEL, LLAMA_1B], action="append")
     parser.add_argument("--T", type=int, action="append", help="prompt length, may be repeated")
     parser.add_argument("--methods", nargs="+", choices=TIMED_METHODS, default=TIMED_METHODS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
     parser.add_argument("--backend", default="auto")
     parser.add_argument(
-        "--literal-up-to", type=int, default=1024, help="longest prompt of the reference"
+        "--literal-up-to",
+        type=int,
+        default=2048 if GPU else 1024,
+        help="longest prompt of the reference",
     )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument(
@@ -203,10 +203,10 @@ def main() -> None:
     if options.peak_of:
         print_peak(options.peak_of)
         return
-    options.precisions = [
-        None if p == "float32" else p for p in options.precision or ["float32", "bf16"]
-    ]
-    models, lengths = options.model or [NEOX_160M, DEMO_MODEL], options.T or [32, 128, 512, 1024]
+    asked = options.precision or (["float32"] if GPU else ["float32", "bf16"])
+    options.precisions = [None if p == "float32" else p for p in asked]
+    models = options.model or ([LLAMA_1B] if GPU else [NEOX_160M, DEMO_MODEL])
+    lengths = options.T or ([32, 128, 512, 2048] if GPU else [32, 128, 512, 1024])
     if options.quick:
         models, lengths = options.model or [NEOX_160M], options.T or [32]
         options.rounds, options.memory = 2, False

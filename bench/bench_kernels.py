@@ -1,9 +1,10 @@
 """Every op and backend against the reference and the best stock PyTorch (make bench-kernels).
 
-One batch of 12 heads, causal, float32. The op tests run first; no number is printed on red. Providers of a cell take
-turns; rows go to bench/results/kernels.csv: seconds, how many times faster each backend is than each opponent, the share
-of the best matrix-product rate that torch reaches here in the same run (node_effects: of the copy bandwidth), and in
-a process of its own the peak memory beside inputs and outputs. Operations are those of the causal half.
+Causal; on a CPU one batch of 12 heads in float32, on a GPU (taken where there is one) four of 16 in bfloat16 and float32.
+The op tests run first; no number is printed on red. Providers of a cell take turns; rows go to bench/results/kernels.csv:
+seconds, how many times faster each backend is than each opponent, the share of the best matrix-product rate that torch
+reaches here in the same run (node_effects: of the copy bandwidth), and in a process of its own the peak memory beside
+inputs and outputs. Operations are those of the causal half.
   attention              2 products; opponents: reference, SDPA (which keeps no row statistics)
   attention_vjp          1 + 4 C;    reference, SDPA's backward under vmap, and once per cotangent
   query_patch_effects    2;          reference
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,8 +40,13 @@ from torch import Tensor
 from atp_fast import ops
 from atp_fast.ops.trial import Inputs, calls_of, random_inputs
 
-HEADS = 12
-LARGEST_REFERENCE = 1 << 30  # bytes of one (C, heads, T, T) matrix; the reference makes several
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BATCH, HEADS = (4, 16) if GPU else (1, 12)
+LARGEST_REFERENCE = 1 << (
+    32 if GPU else 30
+)  # bytes of one (C, B, heads, T, T) matrix; the reference makes several
+REPEATS = 10 if GPU else 1
 OPS = (
     "attention",
     "attention_vjp",
@@ -84,14 +90,15 @@ def bench_cell(
     positions: int,
     head_dim: int,
     cotangents: int,
+    dtype: torch.dtype,
     rounds: int,
     compiled: bool,
 ) -> None:
-    x = random_inputs((1, HEADS, positions, head_dim), cotangents)
+    x = random_inputs((BATCH, HEADS, positions, head_dim), cotangents, dtype, DEVICE)
     call, backend = calls_of(x)[op], ops.backend_for(x.q)
     reference = partial(call, backend="reference")
     providers: dict[str, Provider] = {backend: partial(call, backend=backend), **stock(op, x)}
-    matrix = 4 * HEADS * positions**2 * (1 if op == "attention" else cotangents)
+    matrix = 4 * BATCH * HEADS * positions**2 * (1 if op == "attention" else cotangents)
     note = ""
     if op == "node_effects" or matrix <= LARGEST_REFERENCE:
         providers["reference"] = reference
@@ -100,20 +107,21 @@ def bench_cell(
     if compiled and op == "key_patch_effects" and (positions, cotangents) == (1024, 12):
         providers["reference, torch.compile"] = torch.compile(reference)
     paths = product_paths()
-    source = torch.randn(1 << 25)
+    source = torch.randn(1 << (29 if GPU else 25), device=DEVICE)
     target = torch.empty_like(source)
     peaks: dict[str, Provider] = {f"peak {name}": run for name, (run, _) in paths.items()}
     if op == "node_effects":
         peaks = {"peak copy": lambda: target.copy_(source)}
-    timings = interleaved({**providers, **peaks}, rounds)
+    timings = interleaved({**providers, **peaks}, rounds, repeats=REPEATS)
     best = {"peak copy": 2 * source.nbytes}
-    best |= {f"peak {name}": count for name, (_, count) in paths.items() if "bfloat16" not in name}
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    best |= {f"peak {name}": n for name, (_, n) in paths.items() if name.startswith(name_of_dtype)}
     rate = max(best[name] / min(timings[name].wall) for name in peaks if name in best)
     columns: dict[str, Any] = {
         "op": op,
         "mode": "one call",
-        "shape": {"B": 1, "H": HEADS, "T": positions, "D": head_dim, "C": cotangents},
-        "dtype": "float32",
+        "shape": {"B": BATCH, "H": HEADS, "T": positions, "D": head_dim, "C": cotangents},
+        "dtype": name_of_dtype,
     }
     for name in providers:
         timings[name].write(file, provider=name, note=note if name == backend else "", **columns)
@@ -123,7 +131,7 @@ def bench_cell(
                 file, timings[name], timings[backend], of=name, provider=backend, **columns
             )
     file.add(
-        shares(op, timings[backend], rate, positions, head_dim, cotangents),
+        shares(op, timings[backend], rate, positions, head_dim, cotangents, dtype.itemsize),
         metric="share_of_copy_bandwidth" if op == "node_effects" else "share_of_product_peak",
         provider=backend,
         note=f"peak {rate / 1e9:.4g} G/s",
@@ -132,36 +140,47 @@ def bench_cell(
 
 
 def shares(
-    op: str, timing: Timing, rate: float, positions: int, head_dim: int, cotangents: int
+    op: str,
+    timing: Timing,
+    rate: float,
+    positions: int,
+    head_dim: int,
+    cotangents: int,
+    itemsize: int,
 ) -> list[float]:
     """Share of the peak rate, round by round."""
     if op == "node_effects":
-        work = 4 * HEADS * positions * head_dim * (1 + cotangents)
+        work = itemsize * BATCH * HEADS * positions * head_dim * (1 + cotangents)
     else:
         pairs = positions * (positions + 1) / 2
-        work = PRODUCTS[op](cotangents) * 2 * head_dim * HEADS * pairs
+        work = PRODUCTS[op](cotangents) * 2 * head_dim * BATCH * HEADS * pairs
     return [work / seconds / rate for seconds in timing.wall]
 
 
-def memory_of(op: str, positions: int, head_dim: int, cotangents: int, backend: str) -> int:
+def memory_of(
+    op: str, positions: int, head_dim: int, cotangents: int, dtype: torch.dtype, backend: str
+) -> int:
     """Peak bytes of one call beside its inputs and outputs; run in a process of its own."""
-    calls_of(random_inputs((1, HEADS, 16, head_dim), 2))[op](backend=backend)
-    call = calls_of(random_inputs((1, HEADS, positions, head_dim), cotangents))[op]
+    calls_of(random_inputs((BATCH, HEADS, 16, head_dim), 2, dtype, DEVICE))[op](backend=backend)
+    call = calls_of(random_inputs((BATCH, HEADS, positions, head_dim), cotangents, dtype, DEVICE))[
+        op
+    ]
     before = reset_peak()
     out = call(backend=backend)
     tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
     return extra_peak(before) - sum(t.nbytes for t in tensors)
 
 
-def bench_memory(file: RowFile, op: str, positions: int, backend: str) -> None:
-    arguments = ["--memory", op, str(positions), "64", "12", backend]
+def bench_memory(file: RowFile, op: str, positions: int, dtype: torch.dtype, backend: str) -> None:
+    dtype_name = str(dtype).removeprefix("torch.")
+    arguments = ["--memory", op, str(positions), "64", "12", dtype_name, backend]
     file.add(
         [in_subprocess([__file__, *arguments])],
         op=op,
         provider=backend,
         mode="one call",
-        shape={"B": 1, "H": HEADS, "T": positions, "D": 64, "C": 12},
-        dtype="float32",
+        shape={"B": BATCH, "H": HEADS, "T": positions, "D": 64, "C": 12},
+        dtype=dtype_name,
         metric="extra_peak_bytes",
         note="beside inputs and outputs",
     )
@@ -176,36 +195,47 @@ def main() -> None:
     )
     parser.add_argument("--op", choices=OPS, action="append")
     parser.add_argument("--T", type=int, action="append", help="prompt lengths")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-gate", action="store_true", help="do not run the op tests first")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=6, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory:
-        op, positions, head_dim, cotangents, backend = given.memory
-        print(memory_of(op, int(positions), int(head_dim), int(cotangents), backend))
+        op, *sizes, dtype_name, backend = given.memory
+        positions, head_dim, cotangents = (int(size) for size in sizes)
+        dtype = getattr(torch, dtype_name)
+        print(memory_of(op, positions, head_dim, cotangents, dtype, backend))
         return
     check_environment()
     if not given.no_gate:
-        gate = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_ops_cpp.py"]
-        subprocess.run(gate, cwd=ROOT, check=True)
+        tests = "tests/test_ops_triton.py" if GPU else "tests/test_ops_cpp.py"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", tests], cwd=ROOT, check=True)
     file = RowFile(RESULTS / "kernels.csv")
     lengths = given.T or ([64, 1024] if given.quick else [64, 256, 1024, 4096])
+    dtypes = given.dtype or (["bfloat16", "float32"] if GPU else ["float32"])
+    for dtype in (getattr(torch, name) for name in dtypes):
+        for op, cell in cells(lengths, given.op or OPS, given.quick):
+            rounds = given.rounds if cell[0] <= 1024 else min(given.rounds, 3)
+            bench_cell(file, op, *cell, dtype, rounds, not given.no_compile)
+        for op in given.op or ("attention", "key_patch_effects", "attention_vjp_effects"):
+            for positions, backend in ((1024, "reference"), (1024, "auto"), (4096, "auto")):
+                bench_memory(file, op, positions, dtype, backend)
+
+
+def cells(
+    lengths: Sequence[int], names: Sequence[str], quick: bool
+) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Op, and (positions, head_dim, cotangents), of every cell of the table."""
     for positions in lengths:
-        for head_dim in (64,) if given.quick else (64, 128):
-            for cotangents in (12,) if given.quick else (1, 12, 30):
+        for head_dim in (64,) if quick else (64, 128):
+            for cotangents in (12,) if quick else (1, 12, 30):
                 if positions > 1024 and (head_dim, cotangents) != (64, 12):
                     continue  # minutes a call; the costs grow as the products do
-                for op in given.op or OPS:
+                for op in names:
                     if op in ("attention", "query_patch_effects") and cotangents == 30:
                         continue  # hardly depends on the cotangents
-                    rounds = given.rounds if positions <= 1024 else min(given.rounds, 3)
-                    bench_cell(
-                        file, op, positions, head_dim, cotangents, rounds, not given.no_compile
-                    )
-    for op in given.op or ("attention", "key_patch_effects", "attention_vjp_effects"):
-        for positions, backend in ((1024, "reference"), (1024, "auto"), (4096, "auto")):
-            bench_memory(file, op, positions, backend)
+                    yield op, (positions, head_dim, cotangents)
 
 
 if __name__ == "__main__":

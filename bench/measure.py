@@ -57,15 +57,22 @@ def _busy_seconds() -> float:
     return sum(ticks[i] for i in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(fn: Callable[[], object]) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and foreign cores of one call."""
+def timed(fn: Callable[[], object], repeats: int = 1) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and foreign cores of one call, the mean of `repeats` on end."""
     gc.collect()
+    synchronize()
     busy, wall, cpu = _busy_seconds(), time.perf_counter(), time.process_time()
-    fn()
+    for _ in range(repeats):
+        fn()
+    synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / repeats, cpu / repeats, max(0.0, _busy_seconds() - busy - cpu) / wall
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall, cpu, max(0.0, _busy_seconds() - busy - cpu) / wall
 
 
 @contextlib.contextmanager
@@ -84,13 +91,17 @@ def interleaved(
     rounds: int,
     warmup: int = 1,
     lock: Path | None = None,
+    repeats: int = 1,
 ) -> dict[Any, Timing]:
-    """Time every provider once per round, so that a slow spell of the machine falls on all of them."""
+    """Time every provider once per round, so that a slow spell of the machine falls on all of them.
+
+    repeats: calls on end, of which the mean is taken, where one is too short for the clock or waits for its launch.
+    """
     timings = {name: Timing() for name in providers}
     for number in range(warmup + rounds):
         with alone(lock):
             for name, fn in providers.items():
-                found = timed(fn)
+                found = timed(fn, repeats)
                 if number >= warmup:
                     timings[name].add(*found)
     return timings
@@ -111,8 +122,11 @@ def write_ratios(file: RowFile, base: Timing, timing: Timing, *, of: str, **colu
 
 
 def reset_peak() -> int:
-    """Give freed memory back, set the kernel's peak to the present, and return that: resident bytes."""
+    """Give freed memory back, set the peak to the present, and return that: the GPU's allocated or resident bytes."""
     release()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmHWM")
 
@@ -124,7 +138,9 @@ def release() -> None:
 
 
 def extra_peak(before: int) -> int:
-    """Bytes by which the resident size has exceeded `before` (what `reset_peak` returned)."""
+    """Bytes by which the peak has exceeded `before` (what `reset_peak` returned)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() - before
     return _resident("VmHWM") - before
 
 
@@ -167,9 +183,13 @@ def product_paths(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Ways to multiply (rows, inner) by (inner, columns): name -> (a call, operations).
 
-    "float32 default", "float32 oneDNN" where its error is float32's, and "bfloat16".
+    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, and "bfloat16". Where there is a GPU the
+    products are its, and of 8,192 x 8,192.
     """
-    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        rows = inner = columns = 8192
+    a, b = (torch.randn(shape, device=device) for shape in ((rows, inner), (columns, inner)))
     narrow_a, narrow_b = a.bfloat16(), b.bfloat16()
     operations = 2 * rows * inner * columns
 
@@ -181,6 +201,8 @@ def product_paths(
         "float32 default": (lambda: a @ b.T, operations),
         "bfloat16": (lambda: narrow_a @ narrow_b.T, operations),
     }
+    if device == "cuda":
+        return paths
     exact = a.double() @ b.double().T
     error = float((onednn().double() - exact).abs().max() / exact.abs().max())
     if error < 1e-5:

@@ -11,12 +11,15 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 NEOX_160M = "gpt-neox-160m"
 GPT2_124M = "gpt2-124m"
 NEOX_SMALL = "gpt-neox-4l-256"
+LLAMA_1B = "llama-1.2b"
 GPT2_TINY = "gpt2-tiny"
 NEOX_TINY = "gpt-neox-tiny"
 
@@ -42,6 +45,19 @@ CONFIGS = {
         rotary_pct=0.25,
         max_position_embeddings=8192,
     ),
+    # Llama-3.2-1B's shape, in bfloat16: for a GPU
+    LLAMA_1B: LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        intermediate_size=8192,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    ),
     # to try a benchmark's script out
     GPT2_TINY: GPT2Config(
         n_layer=2, n_head=4, n_embd=64, vocab_size=97, bos_token_id=None, eos_token_id=None
@@ -58,12 +74,20 @@ CONFIGS = {
 }
 
 
+_KINDS = {
+    GPT2Config: GPT2LMHeadModel,
+    GPTNeoXConfig: GPTNeoXForCausalLM,
+    LlamaConfig: LlamaForCausalLM,
+}
+
+
 def build_random(name: str) -> PreTrainedModel:
-    """A model in evaluation mode, with weights drawn from seed 0."""
+    """A model in evaluation mode on the GPU, where there is one, with weights drawn from seed 0."""
     torch.manual_seed(0)
     config = CONFIGS[name]
-    kind = GPT2LMHeadModel if isinstance(config, GPT2Config) else GPTNeoXForCausalLM
-    return kind(config).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: PreTrainedModel = _KINDS[type(config)](config)
+    return model.to(config.dtype or torch.float32).eval()
 
 
 class Prompts(NamedTuple):
