@@ -76,7 +76,8 @@ class Engine:
         method: "atp", "atp+qk", "atp+graddrop" or "atp*"; nodes: any of nodes.KINDS;
         direction: "noising" runs the clean prompt and patches corrupted values in, "denoising" the reverse;
         per_pair: also keep every pair's own numbers; progress: a progress bar, by default on a terminal only.
-        Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width).
+        Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width),
+        on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
         chosen = check_method(method)
         kinds = check_kinds(nodes)
@@ -117,11 +118,9 @@ class Engine:
         counts = pairs.attention_mask.sum(0).cpu()
         per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
         return Attribution(
-            contribution={kind: t.div_(per_position).cpu() for kind, t in scores.score.items()},
-            effect={kind: t.div_(per_position).cpu() for kind, t in scores.effect.items()},
-            per_pair=None
-            if scores.per_pair is None
-            else {kind: t.cpu() for kind, t in scores.per_pair.items()},
+            contribution={kind: t.div_(per_position) for kind, t in scores.score.items()},
+            effect={kind: t.div_(per_position) for kind, t in scores.effect.items()},
+            per_pair=scores.per_pair,
             space=space,
             counts=counts,
             tokens=run_pairs.column_tokens(),

@@ -6,7 +6,7 @@ import csv
 import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -79,6 +79,7 @@ class Attribution:
     tokens: the text of each position, "·" where pairs differ, or None;
     clean_value, corrupted_value: the metric on both runs, (pairs,);
     metadata: whatever else a reader should know (versions, date, seconds), strings only.
+    The tables lie on the device of the model that was run, everything else on the CPU.
     Raises ValueError if shapes or kinds do not fit the space.
     """
 
@@ -130,6 +131,19 @@ class Attribution:
         """Nodes that some pair has: positions that are padding everywhere hold none."""
         live = int((self.counts > 0).sum())
         return sum(self.space.layers * live * self.space.widths[kind] for kind in self.space.kinds)
+
+    def cpu(self) -> Attribution:
+        """The same with all tables on the CPU: what to keep of many runs on a GPU, whose memory they would fill."""
+
+        def moved(table: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {kind: x.cpu() for kind, x in table.items()}
+
+        return replace(
+            self,
+            contribution=moved(self.contribution),
+            effect=moved(self.effect),
+            per_pair=None if self.per_pair is None else moved(self.per_pair),
+        )
 
     def top(
         self, k: int, kinds: Iterable[str] | None = None, by: By = "contribution"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, check_finite
+from atp_fast.hf import FiniteCheck, LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
 from atp_fast.pairs import PromptPairs
 from atp_fast.tape import LayerTape, Values, keeper
@@ -90,6 +90,7 @@ def run_pairs(
     runs = PairRuns(given, pairs, start, arguments, prefixes=prefixes, prefix_output=prefix_output)
     taped_from = len(plug.layers) if taped_from is None else taped_from
     x, y = both[:batch], both[batch:]
+    finite = FiniteCheck()
     for number in range(len(plug.layers)):
         runs.clean.append(x)
         runs.corrupted.append(y)
@@ -113,8 +114,9 @@ def run_pairs(
                 runs.values.append(kept)
                 k, v = values["k"][:batch], values["v"][:batch]
                 runs.keys_values.append(_joined(prefixes[number], k, v))
-        check_finite(x, f"layer {number}")
-        check_finite(y, f"layer {number}")
+        finite.note(x, f"layer {number}")
+        finite.note(y, f"layer {number}")
+    finite.check()
     runs.clean.append(x)
     runs.corrupted.append(y)
     return runs
@@ -137,13 +139,15 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
         ids = ids[:1]  # a prompt that all pairs share is run once
     x, arguments = plug.enter(ids)
     prefixes: list[Prefix | None] = []
+    finite = FiniteCheck()
     with torch.no_grad():
         for number in range(len(plug.layers)):
             run = LayerRun(backend=plug.backend)
             x = plug.run_layer(number, x, arguments[number], run)
-            check_finite(x, f"layer {number}")
+            finite.note(x, f"layer {number}")
             assert run.k is not None and run.v is not None
             prefixes.append(Prefix(*(t.expand(batch, -1, -1, -1) for t in (run.k, run.v))))
+    finite.check()
     return prefixes, x.expand(batch, -1, -1)
 
 

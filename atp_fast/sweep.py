@@ -19,7 +19,6 @@ from atp_fast import ops
 from atp_fast.hf import Plug
 from atp_fast.metrics import Metric
 from atp_fast.nodes import NodeSpace
-from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.pairs import PromptPairs
 from atp_fast.runs import PairRuns, both_logits, run_for_values, run_pairs
 from atp_fast.tape import LayerTape, Values
@@ -62,13 +61,26 @@ def cotangent_weights(graddrop: bool, kind: str, layer: int, layers: int) -> lis
     return [layer / (layers - 1)] + [1 / (layers - 1)] * (layers - 1 - layer)
 
 
+def weight_tables(
+    graddrop: bool, layers: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cotangent_weights of every layer, for nodes in blocks and for resid_pre, (layers, cotangents), zeros behind."""
+
+    def table(kind: str) -> Tensor:
+        rows = [cotangent_weights(graddrop, kind, layer, layers) for layer in range(layers)]
+        whole = [row + [0.0] * (layers + 1 - len(row)) for row in rows]
+        return torch.tensor(whole, device=device, dtype=dtype)
+
+    return table("z"), table("resid_pre")
+
+
 class Scores:
     """Sums over pairs of |effects| and signed effects of every node, in the columns of the user's own prompts."""
 
     def __init__(
         self, space: NodeSpace, pairs: int, device: torch.device, dtype: torch.dtype, keep: bool
     ):
-        self.space = space
+        self.space, self.dtype = space, dtype
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -147,17 +159,26 @@ def sweep(
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
     cotangents = cotangent[None]
     live = runs.differs()
-    all_live = bool(live.all())
+    any_live, all_live = bool(live.any()), bool(live.all())
+    weights = weight_tables(method.graddrop, len(plug.layers), plug.device, scores.dtype)
     columns: slice | Tensor = runs.start + pairs.starts.to(plug.device)
     if len(first := set(pairs.starts.tolist())) == 1:
         begin = runs.start + first.pop()
         columns = slice(begin, begin + runs.positions)
     for number in reversed(range(len(plug.layers))):
-        if bool(live.any()):
+        if any_live:
             while True:
                 try:
                     cotangents, found = _sweep_layer(
-                        plug, runs, number, method, scores.space.kinds, precision, cotangents, chunk
+                        plug,
+                        runs,
+                        number,
+                        method,
+                        scores.space.kinds,
+                        precision,
+                        weights,
+                        cotangents,
+                        chunk,
                     )
                     break
                 except torch.OutOfMemoryError:
@@ -189,11 +210,12 @@ def _sweep_layer(
     method: Method,
     kinds: Sequence[str],
     precision: str | None,
+    weights: tuple[Tensor, Tensor],
     cotangents: Tensor,
     chunk: int | None,
 ) -> tuple[Tensor, Found]:
     """Cotangents of the layer's input, and its effects; the layer's tape is gone on return."""
-    layer = _Layer(plug, runs, number, method, kinds, precision)
+    layer = _Layer(plug, runs, number, method, kinds, precision, weights)
     return layer.sweep(cotangents, chunk), layer.found
 
 
@@ -208,8 +230,9 @@ class _Layer:
         method: Method,
         kinds: Sequence[str],
         precision: str | None,
+        weights: tuple[Tensor, Tensor],
     ) -> None:
-        self.number, self.layers, self.method, self.kinds = number, len(plug.layers), method, kinds
+        self.number, self.method, self.kinds, self.weights = number, method, kinds, weights
         self.plug, self.start = plug, runs.start
         self.prefix = runs.prefixes[number]
         kept = runs.tapes.pop(number, None)
@@ -306,9 +329,8 @@ class _Layer:
         return self.deltas[kind]
 
     def _weights(self, kind: str, first: int, effects: Tensor, count: int) -> Tensor:
-        weights = cotangent_weights(self.method.graddrop, kind, self.number, self.layers)
-        dtype = accumulation_dtype(effects)
-        return torch.tensor(weights[first : first + count], dtype=dtype, device=effects.device)
+        row = self.weights[kind == "resid_pre"][self.number, first : first + count]
+        return row.to(effects.device)
 
     def _first_order(self, kind: str, grad: Tensor, first: int) -> None:
         """Effects delta . grad of a kind under cotangents `first`..., grad (C, *shape of the kind's values)."""
@@ -321,7 +343,7 @@ class _Layer:
                 kind, _rows_first(kind, ops.node_effects(delta, grad, backend=backend)), first
             )
             return
-        weights = self._weights(kind, first, delta, len(grad))
+        weights = self._weights(kind, first, grad, len(grad))
         score = ops.node_effects(delta, grad, weights=weights, backend=backend)
         effect = ops.node_effects(delta, grad[:1], backend=backend) if first == 0 else None
         self._add(

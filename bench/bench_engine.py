@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from cases import build, operations, random_pairs
 from measure import (
+    DEVICE,
     Timing,
     alone,
     check_environment,
@@ -43,7 +44,7 @@ from atp_fast.models import DEMO_MODEL
 from atp_fast.sweep import METHODS
 
 TIMED_METHODS = ("atp", "atp+qk", "atp*")
-GPU = torch.cuda.is_available()
+GPU = DEVICE == "cuda"
 REPEATS = 3 if GPU else 1
 SMALL_BUDGET = "150MiB"
 """Given to AtP* on long prompts beside the default: less memory, more time."""
@@ -101,7 +102,7 @@ def check_agreement(model: PreTrainedModel, positions: int, backend: str) -> Non
 
 def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
     """All rows of one model and prompt length."""
-    model, file = build(model_name), RowFile(options.out)
+    model, file = build(model_name, DEVICE), RowFile(options.out)
     shape = {"model": model_name, "T": positions, "B": 1}
     own = model.dtype
     dtype = str(own).removeprefix("torch.")
@@ -171,10 +172,10 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
 def print_peak(case: str) -> None:
     """In a process of its own: the extra peak of one call, as the last line."""
     model_name, positions, provider = json.loads(case)
-    model = build(model_name)
-    before = reset_peak()
+    model = build(model_name, DEVICE)
+    before = reset_peak(DEVICE)
     setup(model, Provider(*provider), positions)()
-    print(extra_peak(before))
+    print(extra_peak(before, DEVICE))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import (
+    DEVICE,
     Timing,
     check_environment,
     extra_peak,
@@ -40,8 +41,7 @@ from torch import Tensor
 from atp_fast import ops
 from atp_fast.ops.trial import Inputs, calls_of, random_inputs
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+GPU = DEVICE == "cuda"
 BATCH, HEADS = (4, 16) if GPU else (1, 12)
 LARGEST_REFERENCE = 1 << (
     32 if GPU else 30
@@ -165,10 +165,10 @@ def memory_of(
     call = calls_of(random_inputs((BATCH, HEADS, positions, head_dim), cotangents, dtype, DEVICE))[
         op
     ]
-    before = reset_peak()
+    before = reset_peak(DEVICE)
     out = call(backend=backend)
     tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
-    return extra_peak(before) - sum(t.nbytes for t in tensors)
+    return extra_peak(before, DEVICE) - sum(t.nbytes for t in tensors)
 
 
 def bench_memory(file: RowFile, op: str, positions: int, dtype: torch.dtype, backend: str) -> None:

@@ -11,9 +11,12 @@ from atp_fast.models import DEMO_MODEL, load_model
 from atp_fast.pairs import PromptPairs
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str, device: str = "cpu") -> PreTrainedModel:
     """A model with random weights, or the demo model with its own."""
-    return load_model(name)[0] if name == DEMO_MODEL else build_random(name)
+    if name == DEMO_MODEL:
+        model: PreTrainedModel = load_model(name)[0].to(device)
+        return model
+    return build_random(name, device)
 
 
 def random_pairs(

@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # workers of other libraries time themselves without writing 
     from rows import RowFile
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels and the engine are timed; what is compared with other libraries runs on the CPU."""
+
+
 @dataclass
 class Timing:
     """One entry per timed call: wall seconds, CPU seconds of this process, cores that other processes kept busy."""
@@ -121,10 +125,10 @@ def write_ratios(file: RowFile, base: Timing, timing: Timing, *, of: str, **colu
 # ---- memory
 
 
-def reset_peak() -> int:
-    """Give freed memory back, set the peak to the present, and return that: the GPU's allocated or resident bytes."""
+def reset_peak(device: str = "cpu") -> int:
+    """Give freed memory back, set the peak to the present, and return that: resident bytes, or the GPU's allocated ones."""
     release()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
@@ -137,9 +141,9 @@ def release() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def extra_peak(before: int) -> int:
+def extra_peak(before: int, device: str = "cpu") -> int:
     """Bytes by which the peak has exceeded `before` (what `reset_peak` returned)."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() - before
     return _resident("VmHWM") - before
 
@@ -181,15 +185,13 @@ def onednn_products() -> Iterator[None]:
 def product_paths(
     rows: int = 3072, inner: int = 768, columns: int = 3072
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Ways to multiply (rows, inner) by (inner, columns): name -> (a call, operations).
+    """Ways to multiply (rows, inner) by (inner, columns) on DEVICE: name -> (a call, operations).
 
-    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, and "bfloat16". Where there is a GPU the
-    products are its, and of 8,192 x 8,192.
+    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, and "bfloat16". A GPU gets larger products.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    if DEVICE == "cuda":
         rows = inner = columns = 8192
-    a, b = (torch.randn(shape, device=device) for shape in ((rows, inner), (columns, inner)))
+    a, b = (torch.randn(shape, device=DEVICE) for shape in ((rows, inner), (columns, inner)))
     narrow_a, narrow_b = a.bfloat16(), b.bfloat16()
     operations = 2 * rows * inner * columns
 
@@ -201,7 +203,7 @@ def product_paths(
         "float32 default": (lambda: a @ b.T, operations),
         "bfloat16": (lambda: narrow_a @ narrow_b.T, operations),
     }
-    if device == "cuda":
+    if DEVICE == "cuda":
         return paths
     exact = a.double() @ b.double().T
     error = float((onednn().double() - exact).abs().max() / exact.abs().max())

@@ -81,11 +81,11 @@ _KINDS = {
 }
 
 
-def build_random(name: str) -> PreTrainedModel:
-    """A model in evaluation mode on the GPU, where there is one, with weights drawn from seed 0."""
+def build_random(name: str, device: str = "cpu") -> PreTrainedModel:
+    """A model in evaluation mode, with weights drawn from seed 0 on its device."""
     torch.manual_seed(0)
     config = CONFIGS[name]
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(device):
         model: PreTrainedModel = _KINDS[type(config)](config)
     return model.to(config.dtype or torch.float32).eval()
 

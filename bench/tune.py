@@ -53,16 +53,14 @@ def candidates(kernel: str, dtype: str, dim: int) -> Iterator[Blocks]:
         kernel, (1, 2) if narrow else (1,)
     )
     for sizes in itertools.product(
-        (32, 64, 128),
+        (32, 64, 128) if narrow else (32, 64),
         (64, 128) if narrow else (32, 64, 128),
         chunks,
         (4, 8),
         (2, 3) if narrow else (1, 2),
         (256,) if narrow else (256, 16),
     ):
-        blocks = Blocks(*sizes)
-        if blocks.block_m * blocks.block_n <= (128 * 128 if narrow else 64 * 128):
-            yield blocks
+        yield Blocks(*sizes)
 
 
 def compile_one(job: tuple[str, str, int, Blocks]) -> str | None:

@@ -233,8 +233,12 @@ def _attention_fwd_kernel(
 
 
 _NARROW = {
-    64: (Blocks(64, 64, 1, 4, 2),),
-    128: (Blocks(128, 64, 1, 8, 2, majors=(9, 10)), Blocks(64, 64, 1, 8, 2, majors=(8,))),
+    64: (Blocks(64, 64, 1, 4, 3, majors=(9,)), Blocks(64, 64, 1, 4, 2, majors=(8, 10))),
+    128: (
+        Blocks(64, 64, 1, 4, 3, majors=(9,)),
+        Blocks(128, 64, 1, 8, 2, majors=(10,)),
+        Blocks(64, 64, 1, 8, 2, majors=(8,)),
+    ),
     256: (
         Blocks(64, 16, 1, 8, 1, width=64, majors=(9,)),
         Blocks(64, 16, 1, 8, 2, width=32, majors=(9,)),

@@ -317,9 +317,13 @@ def _attention_vjp_query_kernel(
 # bytes of a padded head from which grad_k and grad_v no longer fit the registers together
 _WIDE = 512
 KEY_CONFIGS = {
-    (torch.bfloat16, 64): (Blocks(32, 128, 2, 8, 2),),
+    (torch.bfloat16, 64): (
+        Blocks(64, 64, 2, 4, 3, majors=(9,)),
+        Blocks(32, 128, 2, 8, 2, majors=(8, 10)),
+    ),
     (torch.bfloat16, 128): (
-        Blocks(64, 128, 1, 8, 2, majors=(9, 10)),
+        Blocks(64, 64, 1, 4, 2, majors=(9,)),
+        Blocks(64, 128, 1, 8, 2, majors=(10,)),
         Blocks(32, 128, 1, 8, 2, majors=(8,)),
     ),
     (torch.bfloat16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
@@ -346,10 +350,14 @@ KEY_CONFIGS = {
 }
 QUERY_CONFIGS = {
     (torch.bfloat16, 64): (
-        Blocks(128, 64, 2, 8, 2, majors=(9, 10)),
+        Blocks(64, 64, 2, 4, 3, majors=(9,)),
+        Blocks(128, 64, 2, 8, 2, majors=(10,)),
         Blocks(64, 64, 1, 4, 2, majors=(8,)),
     ),
-    (torch.bfloat16, 128): (Blocks(128, 64, 1, 8, 2),),
+    (torch.bfloat16, 128): (
+        Blocks(128, 64, 2, 8, 3, majors=(9,)),
+        Blocks(128, 64, 1, 8, 2, majors=(8, 10)),
+    ),
     (torch.bfloat16, 256): (Blocks(64, 32, 1, 8, 2, width=64),),
     (torch.float16, 64): (Blocks(64, 64, 1, 4, 2),),
     (torch.float16, 128): (Blocks(64, 32, 1, 4, 2),),

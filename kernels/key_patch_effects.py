@@ -320,7 +320,7 @@ def _top_effects_kernel(
 
 
 _NARROW = {
-    64: (Blocks(32, 128, 6, 8, 2, majors=(9,)), Blocks(32, 128, 4, 8, 2, majors=(8, 10))),
+    64: (Blocks(32, 64, 6, 4, 3, majors=(9,)), Blocks(32, 128, 4, 8, 2, majors=(8, 10))),
     128: (
         Blocks(32, 128, 6, 8, 2, majors=(9,)),
         Blocks(32, 128, 4, 8, 2, majors=(10,)),

@@ -78,6 +78,7 @@ CASES = [
         Case(f"D{d}", heads=1, kv_heads=1, queries=21, keys=21, head_dim=d)
         for d in (8, 20, 33, 80, 96, 128, 256)
     ),
+    *(Case(f"D{d}-T70", queries=70, keys=70, head_dim=d) for d in (8, 16)),
     Case("Dv40", queries=33, keys=33, head_dim=24, value_dim=40),
     Case("Dv8", queries=33, keys=33, head_dim=40, value_dim=8),
     Case("full", queries=35, keys=70, head_dim=32, causal=False),

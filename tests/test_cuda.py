@@ -31,7 +31,9 @@ def test_equals_the_literal_reference(family: str, dtype: torch.dtype) -> None:
     literal = literal_attribution(narrow, pairs, nodes=kinds)[0]
     engine = Engine(narrow.cuda())
     assert engine.backend == "triton"
-    ours = engine.attribute(pairs, nodes=kinds, progress=False).contribution
+    found = engine.attribute(pairs, nodes=kinds, progress=False)
+    assert all(x.is_cuda for x in found.contribution.values())
+    ours = found.cpu().contribution
     for kind in kinds:
         largest = float(truth[kind].abs().max())
         allowed = 2 * float((literal[kind] - truth[kind]).abs().max())

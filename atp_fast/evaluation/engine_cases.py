@@ -89,7 +89,7 @@ class EngineCase:
             nodes=self.kinds,
             direction=self.direction,
             progress=False,
-        )
+        ).cpu()
         seconds = time.perf_counter() - began
         share = found.counts.double() / len(self.pairs)
         scores = np.concatenate(

@@ -191,8 +191,32 @@ def _is_mixture(module: nn.Module) -> bool:
     return named and any(True for _ in module.parameters())
 
 
+class FiniteCheck:
+    """Largest magnitudes of activations, noted where they are and looked at together: one wait for the device."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+        self.largest: list[Tensor] = []
+
+    def note(self, x: Tensor, where: str) -> None:
+        if x.numel():
+            self.places.append(where)
+            self.largest.append(torch.linalg.vector_norm(x.detach(), torch.inf))
+
+    def check(self) -> None:
+        """ValueError that names the first place where a noted tensor held NaN or infinity."""
+        if not self.largest:
+            return
+        first = self.largest[0]
+        finite = torch.stack([x.to(first.device) for x in self.largest]).isfinite().tolist()
+        if not all(finite):
+            where = self.places[finite.index(False)]
+            raise ValueError(
+                f"model gives activations that are not finite (NaN or infinity) in {where}"
+            )
+
+
 def check_finite(x: Tensor, where: str) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            f"model gives activations that are not finite (NaN or infinity) in {where}"
-        )
+    found = FiniteCheck()
+    found.note(x, where)
+    found.check()
