@@ -106,7 +106,8 @@ def bench_cell(
         note = f"reference left out: one of its matrices takes {matrix / 2**30:.1f} GiB"
     if compiled and op == "key_patch_effects" and (positions, cotangents) == (1024, 12):
         providers["reference, torch.compile"] = torch.compile(reference)
-    paths = product_paths()
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    paths = {k: path for k, path in product_paths().items() if k.startswith(name_of_dtype)}
     source = torch.randn(1 << (29 if GPU else 25), device=DEVICE)
     target = torch.empty_like(source)
     peaks: dict[str, Provider] = {f"peak {name}": run for name, (run, _) in paths.items()}
@@ -114,9 +115,8 @@ def bench_cell(
         peaks = {"peak copy": lambda: target.copy_(source)}
     timings = interleaved({**providers, **peaks}, rounds, repeats=REPEATS)
     best = {"peak copy": 2 * source.nbytes}
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    best |= {f"peak {name}": n for name, (_, n) in paths.items() if name.startswith(name_of_dtype)}
-    rate = max(best[name] / min(timings[name].wall) for name in peaks if name in best)
+    best |= {f"peak {name}": count for name, (_, count) in paths.items()}
+    rate = max(best[name] / min(timings[name].wall) for name in peaks)
     columns: dict[str, Any] = {
         "op": op,
         "mode": "one call",
@@ -173,9 +173,13 @@ def memory_of(
 
 def bench_memory(file: RowFile, op: str, positions: int, dtype: torch.dtype, backend: str) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
-    arguments = ["--memory", op, str(positions), "64", "12", dtype_name, backend]
+    if GPU:  # its allocator knows; resident memory is told in a process of its own alone
+        found = memory_of(op, positions, 64, 12, dtype, backend)
+    else:
+        arguments = ["--memory", op, str(positions), "64", "12", dtype_name, backend]
+        found = in_subprocess([__file__, *arguments])
     file.add(
-        [in_subprocess([__file__, *arguments])],
+        [found],
         op=op,
         provider=backend,
         mode="one call",

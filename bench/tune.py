@@ -1,15 +1,16 @@
 """Times candidate block sizes of the Triton kernels on this GPU, the best first: what the CONFIGS tables are chosen from.
 
 Grouped-query attention, causal: 1 x 32 heads over 8, 2,048 tokens, 12 cotangents. Every candidate is compiled first, by
-several processes; one that does not compile, or does not fit, is left out. "*" marks the shipped configurations.
+several processes; one that does not compile, or does not fit, is left out. "*" marks the shipped configurations. The
+fastest of each kernel are added to bench/results/tuning.csv: median milliseconds of a start, and where they were measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from rows import RESULTS, provenance
 
 from atp_fast.kernels.attention import launch_attention
 from atp_fast.kernels.launch import Blocks, Scoring
@@ -79,15 +81,14 @@ def main() -> None:
     parser.add_argument("--kernel", choices=TUNED, action="append")
     parser.add_argument("--dtype", choices=list(DTYPES), action="append")
     parser.add_argument("--dim", type=int, action="append")
-    parser.add_argument("--show", type=int, default=6, help="how many of each to print")
-    parser.add_argument("--out", type=Path, help="a JSON file for all of them")
+    parser.add_argument("--show", type=int, default=8, help="how many of each to print and keep")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tuning.csv")
     given = parser.parse_args()
     cases = list(
         itertools.product(
             given.kernel or TUNED, given.dtype or ("bf16", "f32"), given.dim or (64, 128)
         )
     )
-    table = []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for case in cases:
             choices = list(dict.fromkeys(candidates(*case)))
@@ -106,9 +107,16 @@ def main() -> None:
                 if place < given.show or blocks in shipped:
                     mark = "*" if blocks in shipped else " "
                     print(f"  {mark} {seconds:8.4f} ms  {tuple(blocks[:6])}", flush=True)
-            table += [(*case, *blocks[:6], seconds) for seconds, blocks in found]
-    if given.out:
-        given.out.write_text(json.dumps(table))
+                    keep(given.out, [*case, *blocks[:6], f"{seconds:.4f}"])
+
+
+def keep(path: Path, numbers: list[object]) -> None:
+    """Add a row to the table of measured block sizes."""
+    where = provenance()
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(
+            [*numbers, *(where[name] for name in ("device", "torch", "triton", "date"))]
+        )
 
 
 if __name__ == "__main__":

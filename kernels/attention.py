@@ -247,7 +247,8 @@ _NARROW = {
 }
 _FLOAT32 = {
     64: (
-        Blocks(64, 32, 1, 4, 2, majors=(9, 10)),
+        Blocks(64, 32, 1, 4, 1, majors=(9,)),
+        Blocks(64, 32, 1, 4, 2, majors=(10,)),
         Blocks(64, 32, 1, 4, 2, width=32, majors=(8,)),
     ),
     128: (

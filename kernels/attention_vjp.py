@@ -331,7 +331,7 @@ KEY_CONFIGS = {
     (torch.float16, 128): (Blocks(32, 128, 1, 8, 2),),
     (torch.float16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
     (torch.float32, 64): (
-        Blocks(32, 128, 1, 8, 2, majors=(9,)),
+        Blocks(64, 128, 1, 8, 1, majors=(9,)),
         Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
         Blocks(16, 64, 1, 4, 2, width=16, majors=(8, 10)),
     ),
@@ -363,7 +363,7 @@ QUERY_CONFIGS = {
     (torch.float16, 128): (Blocks(64, 32, 1, 4, 2),),
     (torch.float16, 256): (Blocks(64, 32, 1, 8, 2, width=64),),
     (torch.float32, 64): (
-        Blocks(64, 32, 1, 4, 2, majors=(9,)),
+        Blocks(64, 64, 1, 4, 1, majors=(9,)),
         Blocks(64, 32, 1, 4, 2, width=32, majors=(10,)),
         Blocks(32, 32, 1, 4, 2, width=16, majors=(8,)),
     ),

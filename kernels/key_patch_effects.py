@@ -333,8 +333,7 @@ _NARROW = {
 }
 _FLOAT32 = {
     64: (
-        Blocks(32, 128, 4, 8, 1, majors=(9,)),
-        Blocks(32, 64, 4, 4, 2, width=16, majors=(9,)),
+        Blocks(64, 64, 4, 4, 1, majors=(9,)),
         Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
     ),
     128: (

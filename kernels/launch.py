@@ -90,11 +90,8 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
 
 
 def padded(dim: int) -> int:
-    """The tile width that holds dim columns: a power of two, and no less than 32.
-
-    With 16 columns of a narrow dtype Triton 3.7.1 gives wrong products on sm_90 from row 32 of the right operand on.
-    """
-    return max(32, triton.next_power_of_2(dim))
+    """The tile width that holds dim columns: a power of two that a matrix instruction accepts."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

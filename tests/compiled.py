@@ -128,6 +128,15 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
 }
 TILED = ("attention", "key_gradients", "query_gradients", "key_effects", "top_effects")
 TARGETS = ("sm_80", "sm_90", "sm_100")
+# spilling registers and yet, by bench/results/tuning.csv, 7 to 27 % faster on Hopper than the best that does not
+FASTEST_WITH_SPILLS = {
+    ("key_gradients", "bf16", 64, "sm_90"),
+    ("key_gradients", "bf16", 128, "sm_90"),
+    ("query_gradients", "bf16", 128, "sm_90"),
+    ("query_gradients", "f32", 64, "sm_90"),
+    ("key_gradients", "f32", 64, "sm_90"),
+    ("key_effects", "f32", 64, "sm_90"),
+}
 # what a binary should have at least as many of as the budget says; of everything else at most as many
 WANTED = ("wgmma", "async_copies")
 
@@ -210,7 +219,7 @@ def check(case: Case) -> None:
     version, kernels = budget()
     # registers were tuned with one Triton: another makes other binaries, of which only the above is asked
     if version == triton.__version__:
-        assert got["spilled"] == 0, got
+        assert got["spilled"] == 0 or case[:4] in FASTEST_WITH_SPILLS, got
         assert str(case) in kernels, (
             f"{case} is not in tests/triton_budget.json, which `python tests/compiled.py` rewrites"
         )

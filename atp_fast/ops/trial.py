@@ -29,11 +29,11 @@ def random_inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Normally distributed, the same for the same shape; shape: (batch, heads, positions, head_dim)."""
-    generator = torch.Generator().manual_seed(0)
+    """Normally distributed, the same for the same shape and device; shape: (batch, heads, positions, head_dim)."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     q, k, v, q_corrupted, k_corrupted = (random(*shape) for _ in range(5))
     return Inputs(q, k, v, q_corrupted, k_corrupted, random(cotangents, *shape))
