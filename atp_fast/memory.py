@@ -129,7 +129,6 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
     neurons = found.neurons if "neuron" in kinds else 0
     writes = hidden * sum(kind in kinds for kind in ("attn_out", "mlp_out"))
     values = heads + kv_heads + neurons + writes
-    weights = sum(p.numel() for p in plug.layers[0].module.parameters())
     return Costs(
         stored=item * 2 * (layers + 1) * hidden,
         tape=found.tape_bytes + item * (2 * values + 2 * hidden),
@@ -140,7 +139,7 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
         prefix=item * kv_heads * (layers + 3),
         prefix_gradient=item * 2 * kv_heads,
         logits=item * 6 * plug.vocabulary,
-        narrow=2 * weights,
+        narrow=2 * plug.layer_weights,
     )
 
 

@@ -353,7 +353,10 @@ class _Layer:
     def _reduce(self, kind: str, effects: Tensor, first: int) -> None:
         """Signed effects (C, pairs, positions, width) -> score; the one place where cotangents become a score."""
         weights = self._weights(kind, first, effects, len(effects))
-        score = torch.tensordot(weights, effects.abs(), dims=1)
+        if len(effects) == 1:
+            score = weights * effects[0].abs()
+        else:
+            score = torch.tensordot(weights, effects.abs(), dims=1)
         self._add(kind, score, effects[0] if first == 0 else None)
 
     def _add(self, kind: str, score: Tensor, effect: Tensor | None) -> None:

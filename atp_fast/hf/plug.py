@@ -12,6 +12,7 @@ restored when it ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -285,16 +286,26 @@ class Plug:
         assert isinstance(weight, Tensor)
         return weight
 
+    @functools.cached_property
+    def layer_weights(self) -> int:
+        """Numbers that a layer's parameters hold."""
+        return sum(p.numel() for p in self.layers[0].module.parameters())
+
+    @functools.cached_property
+    def _configs(self) -> list[Any]:
+        """Every config object of the model and its modules, and those inside them."""
+        found: dict[int, Any] = {
+            id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")
+        }
+        for config in list(found.values()):
+            for key in getattr(config, "sub_configs", {}):
+                if (sub := getattr(config, key, None)) is not None:
+                    found[id(sub)] = sub
+        return list(found.values())
+
     @contextlib.contextmanager
     def _implementation(self, name: str) -> Iterator[None]:
         """Every config of the model says attention `name`, experts "eager"; the settings come back at the end."""
-        configs: dict[int, Any] = {
-            id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")
-        }
-        for config in list(configs.values()):
-            for key in getattr(config, "sub_configs", {}):
-                if (sub := getattr(config, key, None)) is not None:
-                    configs[id(sub)] = sub
         # experts one after the other: the grouped product has no batching rule, and would be looped over cotangents
         wanted = {
             "_attn_implementation_internal": name,
@@ -302,7 +313,7 @@ class Plug:
         }
         before = [
             (config, key, getattr(config, key))
-            for config in configs.values()
+            for config in self._configs
             for key in wanted
             if hasattr(config, key)
         ]
