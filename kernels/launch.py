@@ -83,10 +83,17 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     sizes = Sizes(
         q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     )
-    for name, dim in (("q's head_dim", sizes.head_dim), ("v's head_dim", sizes.v_dim)):
-        if dim > _MAX_DIM:
-            raise ValueError(f"{name} must be at most {_MAX_DIM} for backend 'triton', got {dim}")
+    check_dims(q, v)
     return sizes
+
+
+def check_dims(q: Tensor, v: Tensor) -> None:
+    """ValueError for heads that fit no tile."""
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > _MAX_DIM:
+            raise ValueError(
+                f"{name}'s head_dim must be at most {_MAX_DIM} for backend 'triton', got {x.shape[-1]}"
+            )
 
 
 def padded(dim: int) -> int:

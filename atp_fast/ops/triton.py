@@ -15,40 +15,39 @@ from atp_fast.kernels.attention_vjp_effects import launch_attention_vjp_effects
 from atp_fast.kernels.key_patch_effects import launch_key_patch_effects
 from atp_fast.kernels.launch import INTERPRETED as INTERPRETED
 from atp_fast.kernels.launch import Scoring as KernelScoring
+from atp_fast.kernels.launch import check_dims
 from atp_fast.kernels.node_effects import launch_node_effects
 from atp_fast.kernels.query_patch_effects import launch_query_patch_effects
 from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring
 
-_ROW = 16
+
+def _width(q: Tensor, v: Tensor) -> int:
+    """The columns that the kernels are given of q, k and v: one number for all, a multiple of 16."""
+    check_dims(q, v)
+    widest = max(q.shape[-1], v.shape[-1])
+    return widest + -widest % 16
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x with rows that start at multiples of 16 elements, and zeros behind columns that are no multiple: a copy if need be.
+def _aligned(x: Tensor, width: int) -> Tensor:
+    """x with `width` columns, zeros behind its own, and rows that start at multiples of 16 elements: a copy if need be.
 
-    Rows that a kernel can only read element by element are slow, and on Hopper Triton 3.6 and 3.7 made wrong code of
-    narrow ones where keys and values differ in width.
+    Rows that a kernel can only read element by element are slow. And where values were narrower than keys, one case of
+    the test matrix (40 and 8 columns) went wrong on Hopper, compiled by Triton 3.6 and 3.7 alike; equal widths never did.
     """
-    missing = -x.shape[-1] % _ROW
-    if missing:
-        return F.pad(x, (0, missing))
-    if x.stride(-1) != 1 or any(step % _ROW for step in x.stride()[:-1]) or x.data_ptr() % 16:
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    if x.stride(-1) != 1 or any(step % 16 for step in x.stride()[:-1]) or x.data_ptr() % 16:
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
-def _outputs(stats: AttentionStats) -> Outputs:
-    """The statistics as the kernels read them: float32 (top_key int64), contiguous, vectors aligned."""
-    wide = (
-        x.to(torch.float32) for x in (stats.z, stats.logsumexp, stats.loo_logsumexp, stats.loo_z)
+def _outputs(stats: AttentionStats, width: int) -> Outputs:
+    """The statistics as the kernels read them: float32 (top_key int64), contiguous, vectors of `width` columns."""
+    z, loo_z = (_aligned(x.to(torch.float32), width).contiguous() for x in (stats.z, stats.loo_z))
+    logsumexp, loo_logsumexp = (
+        x.to(torch.float32).contiguous() for x in (stats.logsumexp, stats.loo_logsumexp)
     )
-    z, logsumexp, loo_logsumexp, loo_z = wide
-    return Outputs(
-        _aligned(z).contiguous(),
-        logsumexp.contiguous(),
-        stats.top_key.to(torch.int64).contiguous(),
-        loo_logsumexp.contiguous(),
-        _aligned(loo_z).contiguous(),
-    )
+    return Outputs(z, logsumexp, stats.top_key.to(torch.int64).contiguous(), loo_logsumexp, loo_z)
 
 
 def _columns(x: Tensor, like: Tensor) -> Tensor:
@@ -58,9 +57,9 @@ def _columns(x: Tensor, like: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
     """z in q's dtype and the row statistics."""
-    out = launch_attention(_aligned(q), _aligned(k), _aligned(v), KernelScoring(*scoring))
-    stats = AttentionStats(*out)
-    stats = stats._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
+    width = _width(q, v)
+    out = launch_attention(*(_aligned(x, width) for x in (q, k, v)), KernelScoring(*scoring))
+    stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
     return stats.z.to(q.dtype), stats
 
 
@@ -68,12 +67,13 @@ def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, stats: AttentionStats, grad_z: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q, grad_k, grad_v) of every cotangent."""
-    rows = _outputs(stats)
+    width = _width(q, v)
+    rows = _outputs(stats, width)
     grad_q, grad_k, grad_v = launch_attention_vjp(
-        *(_aligned(x) for x in (q, k, v)),
+        *(_aligned(x, width) for x in (q, k, v)),
         rows.z,
         rows.logsumexp,
-        _aligned(grad_z),
+        _aligned(grad_z, width),
         KernelScoring(*scoring),
     )
     return _columns(grad_q, q), _columns(grad_k, k), _columns(grad_v, v)
@@ -83,8 +83,9 @@ def query_patch_effects(
     q: Tensor, k: Tensor, v: Tensor, q_corrupted: Tensor, grad_z: Tensor, scoring: Scoring
 ) -> Tensor:
     """Signed, (C, batch, queries, heads)."""
+    width = _width(q, v)
     effects: Tensor = launch_query_patch_effects(
-        *(_aligned(x) for x in (q, k, v, q_corrupted, grad_z)), KernelScoring(*scoring)
+        *(_aligned(x, width) for x in (q, k, v, q_corrupted, grad_z)), KernelScoring(*scoring)
     )
     return effects
 
@@ -99,9 +100,10 @@ def key_patch_effects(
     scoring: Scoring,
 ) -> Tensor:
     """Signed, (C, batch, keys, kv_heads)."""
+    width = _width(q, v)
     effects: Tensor = launch_key_patch_effects(
-        *(_aligned(x) for x in (q, k, v, k_corrupted, grad_z)),
-        _outputs(stats),
+        *(_aligned(x, width) for x in (q, k, v, k_corrupted, grad_z)),
+        _outputs(stats, width),
         KernelScoring(*scoring),
     )
     return effects
@@ -118,11 +120,12 @@ def attention_vjp_effects(
     scoring: Scoring,
 ) -> AttentionEffects:
     """Gradients and effects together."""
+    width = _width(q, v)
     found = AttentionEffects(
         *launch_attention_vjp_effects(
-            *(_aligned(x) for x in (q, k, v, q_corrupted, k_corrupted)),
-            _outputs(stats),
-            _aligned(grad_z),
+            *(_aligned(x, width) for x in (q, k, v, q_corrupted, k_corrupted)),
+            _outputs(stats, width),
+            _aligned(grad_z, width),
             KernelScoring(*scoring),
         )
     )
