@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, check_finite
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
 from atp_fast.memory import Budget, patched_rows
 from atp_fast.metrics import Metric
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
@@ -160,6 +160,9 @@ class PatchSession:
             self.clean_value = metric(logits, self.runs.given, self.source_logits)
             whole = metric.positions == "all" or metric.all_pairs_at_once
             self.clean_logits = logits if whole else None
+        lengths = set(self.runs.pairs.lengths.tolist())
+        # the one position that the last layer's output is needed at
+        self.end = lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
 
     def stored_bytes(self) -> int:
         """Bytes of both runs and of their node values."""
@@ -272,12 +275,21 @@ class PatchSession:
         with torch.no_grad():
             arguments = plug.enter(ids, begin)[1]
             x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
-            for layer in range(int(layers[0]), len(plug.layers)):
+            last = len(plug.layers) - 1
+            for layer in range(int(layers[0]), last + 1):
                 active = int((layers <= layer).sum())
                 joining = pair[len(x) : active]
                 if len(joining):
                     x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
-                x = self._run_layer(layer, x, mine, pair[:active], begin, arguments[layer])
+                prefix = self._clean_prefix(layer, pair[:active], begin)
+                if layer == last and plug.moves and self.end is not None and begin < self.end:
+                    patch, _ = self._patch(layer, mine, pair, begin)
+                    given = arguments[layer].rows(pair, len(self.pairs))
+                    whole = plug.keys_values(layer, patch("resid_pre", x), given, prefix, patch)
+                    prefix = Prefix(*(t[:, :, : self.end] for t in whole))
+                    x, begin = x[:, self.end - begin :], self.end
+                    arguments = plug.enter(ids[:, -1:], begin)[1]
+                x = self._run_layer(layer, x, mine, pair, begin, arguments[layer], prefix)
             check_finite(x, "a patched run")
             return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
 
@@ -289,11 +301,26 @@ class PatchSession:
         pair: Tensor,
         begin: int,
         arguments: LayerArguments,
+        prefix: Prefix | None,
     ) -> Tensor:
-        """One layer on the active rows x (rows, positions from `begin`, hidden), with its patches made."""
-        here = patches.take(patches.layer == layer)
-        corrupted, start = self.corrupted[layer], self.runs.start
-        device = x.device
+        """One layer on the active rows x (rows, positions from `begin`, hidden), with its patches there made."""
+        patch, kinds = self._patch(layer, patches, pair, begin)
+        run = LayerRun(self.plug.backend, patch if kinds else None, prefix, kinds)
+        rows = arguments.rows(pair[: len(x)], len(self.pairs))
+        return self.plug.run_layer(layer, patch("resid_pre", x), rows, run)
+
+    def _clean_prefix(self, layer: int, pair: Tensor, begin: int) -> Prefix | None:
+        """The clean keys and values of the positions before `begin`, a row for each of `pair`."""
+        if not begin:
+            return None
+        return Prefix(*(t[:, :, :begin][pair] for t in self.runs.keys_values[layer]))
+
+    def _patch(
+        self, layer: int, patches: Patches, pair: Tensor, begin: int
+    ) -> tuple[Visit, tuple[str, ...]]:
+        """A function that makes a layer's patches from position `begin` on, and the kinds that have some."""
+        here = patches.take((patches.layer == layer) & (patches.position >= begin))
+        corrupted, start, device = self.corrupted[layer], self.runs.start, pair.device
 
         def patch(kind: str, value: Tensor) -> Tensor:
             at = here.take(here.kind == KINDS.index(kind))
@@ -310,12 +337,7 @@ class PatchSession:
                 value[row, index, target] = corrupted[kind][pair[row], index, source]
             return value
 
-        keys_values = self.runs.keys_values[layer]
-        prefix = Prefix(*(t[:, :, :begin][pair] for t in keys_values)) if begin else None
-        kinds = tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
-        run = LayerRun(self.plug.backend, patch if kinds else None, prefix, kinds)
-        rows = arguments.rows(pair, len(self.pairs))
-        return self.plug.run_layer(layer, patch("resid_pre", x), rows, run)
+        return patch, tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
 
     def _logits(self, x: Tensor, pair: Tensor, begin: int) -> Tensor:
         """Logits where the metric looks, of the last layer's output x (rows, positions from `begin`, hidden)."""

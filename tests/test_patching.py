@@ -17,7 +17,7 @@ from atp_fast import Engine, PromptPairs
 from atp_fast.memory import Budget
 from atp_fast.metrics import METRICS, resolve
 from atp_fast.nodes import KINDS, Node
-from atp_fast.patching import Patching
+from atp_fast.patching import Patching, PatchSession
 from atp_fast.results import PatchEffects
 from naive_patching import naive_effects
 
@@ -74,6 +74,37 @@ def assert_naive(
     assert found.effect.shape == effect.shape
     assert float((found.effect - effect).abs().max()) <= tolerance * largest
     assert float((found.clean_value - clean_value).abs().max()) <= tolerance * largest
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_last_layer_at_the_last_position_alone(
+    family: str, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of one length: the last layer is run for the metric's position; its nodes elsewhere, k and v too."""
+    model = zoo.build(family, wide_norms=True)
+    pairs = zoo.random_pairs(model, 2, POSITIONS, shared_prefix=shared)
+    engine = Engine(model, backend="reference")
+    widths = []
+    whole = PatchSession._run_layer
+
+    def noted(self: PatchSession, layer: int, x: Tensor, *arguments: Any) -> Tensor:
+        widths.append((layer, x.shape[1]))
+        return whole(self, layer, x, *arguments)
+
+    monkeypatch.setattr(PatchSession, "_run_layer", noted)
+    last = engine.plug.inspection.layers - 1
+    nodes = [
+        Node(kind, layer, position, 1 if kind == "neuron" else 0)
+        for kind in kinds_of(family)
+        for layer in (last - 1, last)
+        for position in (shared, POSITIONS - 2, POSITIONS - 1)
+    ]
+    subsets = [*([node] for node in nodes), nodes[::5], nodes[1::7], nodes]
+    found = engine.patch_subsets(pairs, subsets, "logit_diff", progress=False)
+    wanted, _ = naive_effects(model, pairs, subsets, resolve("logit_diff", pairs))
+    assert (found.effect - wanted).abs().max() <= tolerance_of(family) * wanted.abs().max()
+    assert {width for layer, width in widths if layer == last} == {1}
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -42,15 +42,23 @@ class Prefix(NamedTuple):
     v: Tensor
 
 
+class Stopped(Exception):
+    """Ends a layer's run at its attention."""
+
+
 @dataclass
 class LayerRun:
-    """One layer's run: what goes in beside its input, and what its attention call left behind."""
+    """One layer's run: what goes in beside its input, and what its attention call left behind.
+
+    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped.
+    """
 
     backend: str = "auto"
     visit: Visit | None = None
     prefix: Prefix | None = None
     kinds: tuple[str, ...] = ()
     cut: bool = False
+    stop: bool = False
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -64,12 +72,15 @@ class LayerRun:
         return value if self.visit is None else self.visit(kind, value)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """z of this layer, (batch, heads, positions, v_dim); with `cut` a fresh leaf of the autograd graph."""
+        """z of this layer, (batch, heads, positions, v_dim)."""
         self.calls += 1
         q, k, v = self.seen("q", q), self.seen("k", k), self.seen("v", v)
         if self.prefix is not None:
             k = torch.cat([self.prefix.k, k], 2)
             v = torch.cat([self.prefix.v, v], 2)
+        if self.stop:
+            self.k, self.v = k, v
+            raise Stopped
         z, stats = ops.attention(
             q.detach(), k.detach(), v.detach(), backend=self.backend, **options._asdict()
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_fast.hf.activations import find_activations, fused
-from atp_fast.hf.attention import NAME, LayerRun, running
+from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, running
 from atp_fast.hf.inspection import (
     Call,
     Inspection,
@@ -391,6 +391,21 @@ class Plug:
         finally:
             running.reset(token)
         return first_tensor(out)
+
+    def keys_values(
+        self,
+        number: int,
+        x: Tensor,
+        arguments: LayerArguments,
+        prefix: Prefix | None,
+        visit: Visit | None,
+    ) -> Prefix:
+        """A layer's keys and values, the prefix's ahead of x's own, without the rest of the layer."""
+        run = LayerRun(self.backend, visit, prefix, stop=True)
+        with contextlib.suppress(Stopped):
+            self.run_layer(number, x, arguments, run)
+        assert run.k is not None and run.v is not None
+        return Prefix(run.k, run.v)
 
     @staticmethod
     def _watched(layer: Layer, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
