@@ -62,8 +62,24 @@ def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Non
     return contextlib.nullcontext()
 
 
+@functools.cache
+def _multiplies_bfloat16(device_type: str) -> bool:
+    """Whether products of bfloat16 are the device's own; on a CPU without, torch takes several times float32's time."""
+    if device_type != "cpu":
+        return True
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = set(file.read().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 class _NarrowProduct(torch.autograd.Function):
-    """x @ weight (+ bias), whose backward product is taken in bfloat16 with float32 accumulation."""
+    """x @ weight (+ bias), whose backward product is of bfloat16 numbers with float32 accumulation.
+
+    Where the device has no such product, the rounded numbers are multiplied as float32, which holds them exactly.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, narrow: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,7 +92,10 @@ class _NarrowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return (grad.to(torch.bfloat16) @ ctx.narrow.t()).to(grad.dtype), None, None, None
+        rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
+        if not _multiplies_bfloat16(grad.device.type):
+            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
+        return (rounded @ narrow).to(grad.dtype), None, None, None
 
 
 class NarrowCotangents(TorchFunctionMode):

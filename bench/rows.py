@@ -64,7 +64,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def device_name() -> str:
-    """The machine: the GPU's name, or the CPU's with its number of cores."""
+    """The machine: the GPU's name, or the CPU's with its vector instructions and number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -72,7 +72,8 @@ def device_name() -> str:
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    return f"{name} x{os.cpu_count()}"
+    # virtual machines give processors of several generations one name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}) x{os.cpu_count()}"
 
 
 def _git(*arguments: str) -> str:
