@@ -32,6 +32,7 @@ from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
     candidates,
+    cdiv,
     dot_precision,
     run,
     scoring_arguments,
@@ -314,7 +315,7 @@ def launch_attention(
     heads = sizes.batch * sizes.heads
     run(
         _attention_fwd_kernel,
-        lambda b: heads * triton.cdiv(sizes.queries, b.block_m),
+        lambda b: heads * cdiv(sizes.queries, b.block_m),
         arguments,
         choices,
         q,

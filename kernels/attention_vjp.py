@@ -31,6 +31,7 @@ from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
     candidates,
+    cdiv,
     dot_precision,
     never_negative_infinity,
     padded,
@@ -420,7 +421,7 @@ def launch_key_gradients(
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:
-        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
 
     choices = (blocks,) if blocks else choices
     if q.element_size() * max(padded(sizes.head_dim), padded(sizes.v_dim)) < _WIDE:
@@ -469,7 +470,7 @@ def launch_query_gradients(
     heads = sizes.batch * sizes.heads
 
     def programs(b: Blocks) -> int:
-        return triton.cdiv(sizes.queries, b.block_m) * heads * triton.cdiv(cotangents, b.chunk)
+        return cdiv(sizes.queries, b.block_m) * heads * cdiv(cotangents, b.chunk)
 
     run(_attention_vjp_query_kernel, programs, arguments, (blocks,) if blocks else choices, q)
     return grad_q

@@ -34,6 +34,7 @@ from atp_fast.kernels.launch import (
     Scoring,
     Sizes,
     candidates,
+    cdiv,
     dot_precision,
     never_negative_infinity,
     padded,
@@ -399,7 +400,7 @@ def launch_top_vectors(
     heads = sizes.batch * sizes.heads
     run(
         _top_vectors_kernel,
-        lambda b: heads * triton.cdiv(sizes.queries, b.block_m),
+        lambda b: heads * cdiv(sizes.queries, b.block_m),
         arguments,
         (blocks,) if blocks else choices,
         q,
@@ -435,7 +436,7 @@ def launch_top_effects(
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:
-        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
 
     run(_top_effects_kernel, programs, arguments, (blocks or EFFECT_BLOCKS,), part)
     return effect
@@ -484,7 +485,7 @@ def launch_other_effects(
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:
-        return triton.cdiv(sizes.keys, b.block_n) * heads * triton.cdiv(cotangents, b.chunk)
+        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
 
     run(_key_patch_effects_kernel, programs, arguments, (blocks,) if blocks else choices, q)
     return effect

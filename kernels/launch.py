@@ -98,7 +98,12 @@ def check_dims(q: Tensor, v: Tensor) -> None:
 
 def padded(dim: int) -> int:
     """The tile width that holds dim columns: a power of two that a matrix instruction accepts."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << max(dim - 1, 0).bit_length())
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up; triton.cdiv takes microseconds outside a kernel."""
+    return -(-x // y)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -115,7 +120,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def never_negative_infinity(logsumexp: Tensor) -> Tensor:
     """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles."""
-    return logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
+    return logsumexp.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 
 def strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
@@ -151,17 +156,20 @@ def scoring_arguments(scoring: Scoring, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _suits(blocks: Blocks, device: torch.device) -> bool:
+@functools.cache
+def _major(device: torch.device) -> int | None:
+    """The compute capability that a device counts as in Blocks.majors; None where any will do."""
     if device.type != "cuda":
-        return True
+        return None
     major = 8 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
-    return (major if major in (9, 10) else 8) in blocks.majors
+    return major if major in (9, 10) else 8
 
 
 def candidates(configs: Configs, x: Tensor, *dims: int) -> tuple[Blocks, ...]:
     """The configurations for x's dtype and device and the widest of the head sizes."""
     listed = configs[(x.dtype, max(64, *(padded(dim) for dim in dims)))]
-    return tuple(blocks for blocks in listed if _suits(blocks, x.device))
+    major = _major(x.device)
+    return tuple(blocks for blocks in listed if major is None or major in blocks.majors)
 
 
 def _meta(blocks: Blocks) -> dict[str, int]:

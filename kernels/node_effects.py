@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, check_dtype, run
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
@@ -148,7 +148,7 @@ def launch_node_effects(
     outer = axes[0][0] * axes[1][0]
     run(
         _node_effects_kernel,
-        lambda b: outer * triton.cdiv(axes[2][0], b.block_m),
+        lambda b: outer * cdiv(axes[2][0], b.block_m),
         arguments,
         (blocks or default_blocks(head_dim),),
         delta,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, candidates, padded, run, strides
+from atp_fast.kernels.launch import Blocks, candidates, cdiv, padded, run, strides
 from atp_fast.kernels.tiles import load_rows
 
 
@@ -108,7 +108,7 @@ def launch_row_dots(
     choices = (blocks,) if blocks else candidates(CONFIGS, grad_z, v_dim)
     run(
         _row_dots_kernel,
-        lambda b: batch * heads * triton.cdiv(queries, b.block_m),
+        lambda b: batch * heads * cdiv(queries, b.block_m),
         arguments,
         choices,
         grad_z,
