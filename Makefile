@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile \
-	bench-roofline bench-plots study study-quick clean
+	bench-roofline bench-tune bench-plots study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -71,6 +71,9 @@ bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patch
 
 bench-roofline: build
 	$(BIN)/python bench/roofline.py
+
+bench-tune: build
+	$(BIN)/python bench/tune.py
 
 bench-plots: build
 	$(BIN)/python bench/plots.py

@@ -121,6 +121,16 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
     providers = [*([] if positions > options.literal_up_to else literal), *ours]
     paths = product_paths()
     calls: dict[object, Callable[[], object]] = {p: setup(model, p, positions) for p in providers}
+    if GPU:
+        for provider in list(providers):
+            try:
+                calls[provider]()
+            except torch.OutOfMemoryError as error:
+                note = f"out of memory: {str(error).splitlines()[0].split('. Including')[0]}"
+                columns = {"op": "attribute", "shape": shape, **provider.columns(dtype)}
+                file.add([], metric="wall_seconds", note=note, **columns)
+                providers.remove(provider)
+                del calls[provider]
     calls |= {name: call for name, (call, _) in paths.items()}
     timings = interleaved(calls, options.rounds, lock=options.lock, repeats=REPEATS)
 

@@ -1,4 +1,4 @@
-"""Predicted bounds of the Triton kernels on an H100, from their binaries: a prediction, never run on a GPU.
+"""Predicted bounds of the Triton kernels on an H100, from their binaries: a prediction, not a measurement.
 
 Each shipped kernel is compiled for sm_90 as a real call would compile it, the instructions of its main loop are
 counted by pipe, and the loop's trips follow from the shapes. The time of a kernel is that of its busiest resource:
@@ -26,7 +26,7 @@ import rows
 import compiled
 
 # H100 SXM, data sheet and tuning guide: per SM and clock unless a unit is given
-DEVICE = "H100 SXM, predicted, never run"
+DEVICE = "H100 SXM, predicted"
 SMS, CLOCK_HZ = 132, 1.83e9
 BF16_FLOP, ISSUE, ALU, FMA, MUFU, LSU = 4096, 4 * 32, 64, 128, 16, 32
 MEMORY_BYTES_PER_S, L2_BYTES_PER_S = 3.35e12, 5.5e12
