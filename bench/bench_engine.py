@@ -24,6 +24,7 @@ import torch
 from cases import build, operations, random_pairs
 from measure import (
     DEVICE,
+    PRODUCT,
     Timing,
     alone,
     check_environment,
@@ -141,7 +142,10 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
             op="product",
             provider="torch",
             mode=name,
-            shape={"operations": paths[name][1], "beside": f"{model_name} T{positions}"},
+            shape={
+                **dict(zip(("rows", "inner", "columns"), PRODUCT, strict=True)),
+                "beside": f"{model_name} T{positions}",
+            },
             dtype=name.split()[0],
             metric="operations_per_second",
         )
