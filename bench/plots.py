@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -148,10 +149,12 @@ PICTURES: dict[str, Callable[[Rows, Path], None]] = {
 
 
 def main() -> None:
+    """One device in a picture: the one with most rows."""
     for name, draw in PICTURES.items():
         rows = RowFile(RESULTS / f"{name}.csv").read()
         if rows:
-            draw(rows, RESULTS / f"{name}.png")
+            device = Counter(row["device"] for row in rows).most_common(1)[0][0]
+            draw(chosen(rows, device=device), RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":
