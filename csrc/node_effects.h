@@ -9,7 +9,7 @@ template <typename R>
 struct NodeEffects {
     static constexpr Index run =
         256;  // rows per unit: fixed, so that no result depends on the threads
-    static constexpr int abreast = 4;     // cotangents at a time
+    static constexpr int abreast = 4;     // at a time; 1 takes 40 % longer, 2 15 %, 12 20 %
     static constexpr Index strip = 4096;  // elements per unit when the summed axis has length 1
 
     NodeEffectsCall call;

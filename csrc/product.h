@@ -3,9 +3,10 @@
 // strides. Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
 // guard.
 
-constexpr int block_rows =
-    4;  // rows of C per register block; A must be readable up to a multiple of it
-constexpr int block_vectors = ATP_FAST_REGISTERS == 32 ? 4 : 3;  // vectors of C per register block
+// Rows of C per register block (A must be readable up to a multiple of it) and vectors per block.
+// With AVX2, 6 x 2 in columns of blocks made attention_vjp 5 to 8 % slower than 4 x 3 in rows.
+constexpr int block_rows = 4;
+constexpr int block_vectors = ATP_FAST_REGISTERS == 32 ? 4 : 3;
 
 constexpr Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
 
