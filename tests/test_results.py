@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -466,3 +467,20 @@ def test_views_of_shared_memory_can_be_saved(tmp_path):
     )
     found.save(tmp_path / "run")
     assert_same(Attribution.load(tmp_path / "run").effect["q"], whole[0])
+
+
+def test_cpu_moves_the_tables_and_keeps_the_rest():
+    """Tables of numbers that lie nowhere (meta) stand for a GPU's."""
+    found = attribution()
+    away = {kind: x.to("meta") for kind, x in found.contribution.items()}
+    moved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "cpu", lambda x: moved.append(x.device.type) or torch.zeros(x.shape)
+        )
+        copy = replace(found, contribution=away).cpu()
+    assert set(moved) == {"meta", "cpu"}
+    assert all(x.device.type == "cpu" for x in copy.contribution.values())
+    assert copy.space == found.space and copy.metadata == found.metadata
+    assert torch.equal(copy.clean_value, found.clean_value)
+    assert found.cpu().contribution.keys() == found.contribution.keys()
