@@ -21,6 +21,15 @@ def check_precision(precision: str | None) -> str | None:
     return precision
 
 
+def _cpu_words() -> set[str]:
+    """The words by which the system describes the CPU, its vendor and instructions among them; none where it does not."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return set(file.read().split())
+    except OSError:
+        return set()
+
+
 @functools.cache
 def _onednn_float32_is_faster() -> bool:
     """Whether oneDNN's products should stand in for the default ones: on AMD, if they really are float32.
@@ -28,11 +37,7 @@ def _onednn_float32_is_faster() -> bool:
     The only switch to oneDNN's products is to allow it bfloat16 inside; CPUs with bfloat16 matrix units (AMX) take it
     at its word. So the error is looked at: bfloat16 would be off by 1e-3, float32 by 1e-7.
     """
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            if "AuthenticAMD" not in file.read():
-                return False
-    except OSError:
+    if "AuthenticAMD" not in _cpu_words():
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):  # type: ignore[no-untyped-call]
         return False  # the switch came with torch 2.9
@@ -65,14 +70,7 @@ def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Non
 @functools.cache
 def _multiplies_bfloat16(device_type: str) -> bool:
     """Whether products of bfloat16 are the device's own; on a CPU without, torch takes several times float32's time."""
-    if device_type != "cpu":
-        return True
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = set(file.read().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return device_type != "cpu" or bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 class _NarrowProduct(torch.autograd.Function):
@@ -94,7 +92,8 @@ class _NarrowProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
         if not _multiplies_bfloat16(grad.device.type):
-            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            rounded, narrow = rounded.to(wide), narrow.to(wide)
         return (rounded @ narrow).to(grad.dtype), None, None, None
 
 
