@@ -76,7 +76,8 @@ def _multiplies_bfloat16(device_type: str) -> bool:
 class _NarrowProduct(torch.autograd.Function):
     """x @ weight (+ bias), whose backward product is of bfloat16 numbers with float32 accumulation.
 
-    Where the device has no such product, the rounded numbers are multiplied as float32, which holds them exactly.
+    Where the device has no such product, the rounded numbers of a float32 model are multiplied as float32, which holds
+    them exactly.
     """
 
     @staticmethod
@@ -91,9 +92,8 @@ class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
-        if not _multiplies_bfloat16(grad.device.type):
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            rounded, narrow = rounded.to(wide), narrow.to(wide)
+        if grad.dtype.itemsize > 2 and not _multiplies_bfloat16(grad.device.type):
+            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
         return (rounded @ narrow).to(grad.dtype), None, None, None
 
 
