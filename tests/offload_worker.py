@@ -28,7 +28,7 @@ if where == "disk":
         },
         "offload_folder": folder + "/offloaded",
     }
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **place).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
 generator = torch.Generator().manual_seed(0)
 clean = torch.randint(5, 1000, (1, 6), generator=generator)
 corrupted = torch.randint(5, 1000, (1, 6), generator=generator)

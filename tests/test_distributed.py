@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 TEMPORARY = ".000004.safetensors.123.tmp"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Every process of a run has as many; torchrun gives each of its own one."""
     before = torch.get_num_threads()
