@@ -3,8 +3,8 @@
 Causal; on a CPU one batch of 12 heads in float32, on a GPU (taken where there is one) four of 16 in bfloat16 and float32.
 The op tests run first; no number is printed on red. Providers of a cell take turns; rows go to bench/results/kernels.csv:
 seconds, how many times faster each backend is than each opponent, the share of the best matrix-product rate that torch
-reaches here in the same run (node_effects: of the copy bandwidth), and in a process of its own the peak memory beside
-inputs and outputs. Operations are those of the causal half.
+reaches here in the same run (node_effects: of the copy bandwidth), and the peak memory beside inputs and outputs, on a
+CPU in a process of its own. Operations are those of the causal half.
   attention              2 products; opponents: reference, SDPA (which keeps no row statistics)
   attention_vjp          1 + 4 C;    reference, SDPA's backward under vmap, and once per cotangent
   query_patch_effects    2;          reference
@@ -43,9 +43,8 @@ from atp_fast.ops.trial import Inputs, calls_of, random_inputs
 
 GPU = DEVICE == "cuda"
 BATCH, HEADS = (4, 16) if GPU else (1, 12)
-LARGEST_REFERENCE = 1 << (
-    32 if GPU else 30
-)  # bytes of one (C, B, heads, T, T) matrix; the reference makes several
+# bytes of one (C, B, heads, T, T) matrix; the reference makes several
+LARGEST_REFERENCE = 1 << (32 if GPU else 30)
 REPEATS = 10 if GPU else 1
 OPS = (
     "attention",

@@ -2,7 +2,7 @@
 
 `make test-compile` takes every configuration (compile_all_kernels.py). What a binary promises is in compiled.py: it
 fits shared memory, puts every product on the tensor cores, copies asynchronously; with the pinned Triton it also
-spills nothing and stays within tests/triton_budget.json.
+spills nothing, but for the configurations measured faster with spills, and stays within tests/triton_budget.json.
 """
 
 from __future__ import annotations
