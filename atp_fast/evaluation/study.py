@@ -215,7 +215,10 @@ class _Run:
 
     def _given(self) -> Iterator[tuple[Ranking, list[Found], tuple[float, float]]]:
         """The oracle, then every estimator: its ranking, what it found, its own forwards and seconds."""
-        oracle = Given("oracle", self.contribution)
+        # Ranks, not contributions: a ranking breaks ties at random, the true order by id.
+        place = np.empty(len(self.ids))
+        place[true_order(self.contribution)] = np.arange(len(self.ids), 0, -1)
+        oracle = Given("oracle", place)
         known = Memo(self.patcher, self.truth)
         for ranking, seconds in [
             (oracle, 0.0),
