@@ -211,6 +211,15 @@ def test_a_killed_study_started_again_gives_the_same_table(tmp_path, life):
     assert final.results == run_study(done, tmp_path / "killed", PLAN).results
 
 
+def test_equal_effects_cost_the_oracle_nothing(tmp_path):
+    case = FakeCase()
+    case.effects = np.ceil(np.abs(case.effects))
+    assert len(np.unique(case.effects)) < 0.7 * case.effects.size
+    study = run_study([case], tmp_path, PLAN)
+    rows = {row["method"]: row for row in study.results}
+    assert rows["oracle"]["irwrgm_lowest"] == rows["oracle"]["irwrgm_highest"] == 1.0
+
+
 def test_pieces_of_something_else_are_not_taken(tmp_path):
     run_study([FakeCase(version=0)], tmp_path, PLAN)
     other = FakeCase(version=1)
