@@ -39,6 +39,9 @@ def attention_backward(
     effect_k: int,
     threads: int,
 ) -> None: ...
+def linear(
+    sizes: tuple[int, int, int], x: _Passed, weight: _Passed, bias: int, out: int, threads: int
+) -> None: ...
 def exponential(address: int, out: int, count: int, wide: bool) -> None: ...
 def node_effects(
     size: Sequence[int], delta: _Passed, grad: _Passed, weights: int, out: int, threads: int

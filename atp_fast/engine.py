@@ -99,7 +99,8 @@ class Engine:
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
         fast, bar = fast_products(self.plug.device), _bar(progress, total, f"{method} layers")
-        with self.plug.plugged(), fast, bar:
+        # products in bfloat16 are torch's
+        with self.plug.plugged(linears=self.precision is None), fast, bar:
             for rows in batches:
                 clean, corrupted = sweep(
                     self.plug,

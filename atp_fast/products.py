@@ -21,7 +21,8 @@ def check_precision(precision: str | None) -> str | None:
     return precision
 
 
-def _cpu_words() -> set[str]:
+@functools.cache
+def cpu_words() -> set[str]:
     """The words by which the system describes the CPU, its vendor and instructions among them; none where it does not."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
@@ -37,7 +38,7 @@ def _onednn_float32_is_faster() -> bool:
     The only switch to oneDNN's products is to allow it bfloat16 inside; CPUs with bfloat16 matrix units (AMX) take it
     at its word. So the error is looked at: bfloat16 would be off by 1e-3, float32 by 1e-7.
     """
-    if "AuthenticAMD" not in _cpu_words():
+    if "AuthenticAMD" not in cpu_words():
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):  # type: ignore[no-untyped-call]
         return False  # the switch came with torch 2.9
@@ -70,7 +71,7 @@ def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Non
 @functools.cache
 def _multiplies_bfloat16(device_type: str) -> bool:
     """Whether products of bfloat16 are the device's own; on a CPU without, torch takes several times float32's time."""
-    return device_type != "cpu" or bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return device_type != "cpu" or bool(cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 class _NarrowProduct(torch.autograd.Function):

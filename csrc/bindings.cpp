@@ -159,6 +159,24 @@ void attention_backward(const std::array<Index, 7>& sizes, Index cotangents,
     kernels().attention_backward[slot(call.q.dtype)](call, threads);
 }
 
+// x (rows, depth) with neighbours along the depth, w (depth, columns), bias's address or 0, out's
+void linear(const std::array<Index, 3>& sizes, const Passed& x, const Passed& w,
+            std::uintptr_t bias, std::uintptr_t out, int threads) {
+    const auto& [rows, columns, depth] = sizes;
+    const View left = view(x), right = view(w);
+    const LinearCall call{rows,
+                          columns,
+                          depth,
+                          left.data,
+                          left.stride[0],
+                          right.data,
+                          right.stride[0],
+                          right.stride[1],
+                          at<void>(bias),
+                          at<void>(out)};
+    kernels().linear[slot(left.dtype)](call, threads);
+}
+
 void exponential(std::uintptr_t in, std::uintptr_t out, Index count, bool wide) {
     kernels().exponential[wide](reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out),
                                 count);
@@ -173,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("node_effects", node_effects, release());
     m.def("attention", attention, release());
     m.def("attention_backward", attention_backward, release());
+    m.def("linear", linear, release());
     m.def("exponential", exponential, release());
     m.def("instruction_sets", [] {
         std::vector<std::string> names;

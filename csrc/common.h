@@ -69,12 +69,25 @@ struct NodeEffectsCall {
     void* out;
 };
 
+// linear: y (rows, columns), contiguous, = x w + bias; bias is (columns,) or null, every type the
+// accumulation type.
+struct LinearCall {
+    Index rows, columns, depth;
+    const void* x;
+    Index x_row;  // x's elements along the depth are neighbours
+    const void* w;
+    Index w_row, w_column;  // one of them 1
+    const void* bias;
+    void* y;
+};
+
 // The kernels of one instruction set; the first template argument of each is the accumulation type.
 struct Kernels {
     const char* name;
     void (*attention[2])(const AttentionCall&, int threads);  // float, double
     void (*attention_backward[2])(const BackwardCall&, int threads);
     void (*node_effects[2])(const NodeEffectsCall&, int threads);
+    void (*linear[2])(const LinearCall&, int threads);
     void (*exponential[2])(const void* in, void* out, Index count);
 };
 

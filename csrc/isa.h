@@ -5,6 +5,7 @@
 #include "convert.h"
 #include "node_effects.h"
 #include "product.h"
+#include "linear.h"
 #include "attention.h"
 #include "attention_backward.h"
 
@@ -26,5 +27,6 @@ const Kernels kernels = {
     {attention<float>, attention<double>},
     {attention_backward<float>, attention_backward<double>},
     {node_effects<float>, node_effects<double>},
+    {linear<float>, linear<double>},
     {exponential<float>, exponential<double>},
 };

@@ -15,20 +15,26 @@ struct Range {
     Index first, begin, end;
 };
 
+// One step of depth of a register block: sums[m][n] += a[m] b[n].
+template <int N, typename R>
+ATP_FAST_INLINE void multiply_add(Vec<R> (&sums)[block_rows][N], const R* a, Index a_row,
+                                  const R* b) {
+    Vec<R> right[N];
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * lanes<R>);
+    for (int m = 0; m < block_rows; ++m) {
+        const R left = a[m * a_row];
+        for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
+    }
+}
+
 template <int N, typename R, typename Done>
 ATP_FAST_INLINE void product_block(Range range, const R* a, Index a_row, Index a_step, const R* b,
                                    Index b_row, const Done& done) {
     Vec<R> sums[block_rows][N];
     for (int m = 0; m < block_rows; ++m)
         for (int n = 0; n < N; ++n) sums[m][n] = Vec<R>{};
-    for (Index k = range.begin; k < range.end; ++k) {
-        Vec<R> right[N];
-        for (int n = 0; n < N; ++n) right[n] = load(b + k * b_row + n * lanes<R>);
-        for (int m = 0; m < block_rows; ++m) {
-            const R left = a[m * a_row + k * a_step];
-            for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
-        }
-    }
+    for (Index k = range.begin; k < range.end; ++k)
+        multiply_add<N>(sums, a + k * a_step, a_row, b + k * b_row);
     done(sums);
 }
 

@@ -34,6 +34,7 @@ from atp_fast.hf.inspection import (
     first_tensor,
     trace,
 )
+from atp_fast.hf.linears import own_linears
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
@@ -326,11 +327,15 @@ class Plug:
                 setattr(config, key, old)
 
     @contextlib.contextmanager
-    def plugged(self) -> Iterator[None]:
-        """The model's attention is ours and its parameters need no gradients; both are restored at the end."""
+    def plugged(self, linears: bool = True) -> Iterator[None]:
+        """The model's attention is ours and its parameters need no gradients; both are restored at the end.
+
+        linears: so are its linear layers, on the CPUs where that is faster.
+        """
         check_eval(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        with self._implementation(NAME):
+        own = own_linears(self.model, self.device, self.backend) if linears else contextlib.nullcontext()
+        with self._implementation(NAME), own:
             try:
                 for p in trained:
                     p.requires_grad_(False)

@@ -53,6 +53,28 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, in
     return batch, heads, k.shape[1], queries, k.shape[2], head_dim, v.shape[3]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., depth) @ weight (depth, columns) + bias (columns,), all float32 or all float64.
+
+    One of weight's strides must be 1. No element's bits depend on the other rows or on the number of threads.
+    """
+    depth, columns = weight.shape
+    rows = x.reshape(-1, depth) if x.numel() else x.new_empty((x.shape[:-1].numel(), depth))
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    _C.linear(
+        (len(rows), columns, depth),
+        _passed(rows),
+        _passed(weight),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
     """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
     dtype = accumulation_dtype(q)
