@@ -99,8 +99,7 @@ class Engine:
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
         fast, bar = fast_products(self.plug.device), _bar(progress, total, f"{method} layers")
-        # products in bfloat16 are torch's
-        with self.plug.plugged(linears=self.precision is None), fast, bar:
+        with self.plug.plugged(), fast, bar:
             for rows in batches:
                 clean, corrupted = sweep(
                     self.plug,

@@ -327,14 +327,14 @@ class Plug:
                 setattr(config, key, old)
 
     @contextlib.contextmanager
-    def plugged(self, linears: bool = True) -> Iterator[None]:
-        """The model's attention is ours and its parameters need no gradients; both are restored at the end.
+    def plugged(self) -> Iterator[None]:
+        """The model's attention is ours, its linear layers where that is faster, and its parameters need no gradients.
 
-        linears: so are its linear layers, on the CPUs where that is faster.
+        All is restored at the end.
         """
         check_eval(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        own = own_linears(self.model, self.device, self.backend) if linears else contextlib.nullcontext()
+        own = own_linears(self.model, self.device, self.backend)
         with self._implementation(NAME), own:
             try:
                 for p in trained:
