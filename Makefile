@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile \
-	bench-roofline bench-tune bench-plots study study-quick clean
+	bench-products bench-roofline bench-tune bench-plots study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -66,7 +66,7 @@ test-interpret: build
 test-compile: build
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
-bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile: bench-%: build model
+bench-kernels bench-products bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-roofline: build
@@ -92,7 +92,7 @@ sanitize: build
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
-		$(BIN)/pytest -p no:cacheprovider $(PYTEST_OPTIONS) tests/test_ops_cpp.py
+		$(BIN)/pytest -p no:cacheprovider $(PYTEST_OPTIONS) tests/test_ops_cpp.py tests/test_linears.py
 
 clean:
 	rm -rf build runs atp_fast/_C.*.so *.egg-info

@@ -140,7 +140,7 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
         file.add(
             values,
             op="product",
-            provider="torch",
+            provider="atp_fast" if "atp_fast" in name else "torch",
             mode=name,
             shape={
                 **dict(zip(("rows", "inner", "columns"), PRODUCT, strict=True)),

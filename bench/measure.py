@@ -191,8 +191,12 @@ def product_paths(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Ways to multiply (rows, inner) by (inner, columns) on DEVICE: name -> (a call, operations).
 
-    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, and "bfloat16".
+    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, "float32 atp_fast cpp" where the engine
+    takes it, and "bfloat16".
     """
+    # workers of other libraries, which import this module, have no atp_fast
+    from atp_fast.products import linear, own_products_are_faster
+
     a, b = (torch.randn(shape, device=DEVICE) for shape in ((rows, inner), (columns, inner)))
     narrow_a, narrow_b = a.bfloat16(), b.bfloat16()
     operations = 2 * rows * inner * columns
@@ -211,4 +215,6 @@ def product_paths(
     error = float((onednn().double() - exact).abs().max() / exact.abs().max())
     if error < 1e-5:
         paths["float32 oneDNN"] = (onednn, operations)
+    if own_products_are_faster():
+        paths["float32 atp_fast cpp"] = (lambda: linear(a, b.T), operations)
     return paths
