@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -185,6 +186,21 @@ def test_what_another_has_switched_stays(everywhere: list[int]) -> None:
     with own_linears(layer, CPU, "auto"):
         assert layer(torch.zeros(2, 4)).tolist() == [[1] * 4] * 2
     assert layer.forward is theirs and everywhere == []
+
+
+def test_weights_that_accelerate_fetches(everywhere: list[int]) -> None:
+    model, x = small_model(), torch.randn(3, 24)
+    with own_linears(model, CPU, "auto"):
+        wanted = model(x)
+    everywhere.clear()
+    accelerate.cpu_offload(model, execution_device=CPU)
+    before = {module: dict(vars(module)) for module in model.modules()}
+    with own_linears(model, CPU, "auto"):
+        assert torch.equal(model(x), wanted)
+    assert everywhere == [3, 3, 3]
+    for module, attributes in before.items():
+        for name in ("forward", "_old_forward"):
+            assert vars(module).get(name) is attributes.get(name)
 
 
 def test_own_code_is_back_after_an_error(everywhere: list[int]) -> None:

@@ -25,16 +25,19 @@ def own_linears(model: nn.Module, device: torch.device, backend: str) -> Iterato
     if chosen != "cpp" or not products.own_products_are_faster():
         yield
         return
-    # not what another has switched, such as accelerate, whose weights may be elsewhere
-    switched = [
-        m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m)
-    ]
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    # accelerate fetches weights that are elsewhere, then calls what it keeps as _old_forward
+    fetched = [m for m in layers if "_old_forward" in vars(m)]
+    plain = [m for m in layers if "forward" not in vars(m)]  # not what another has switched
+    before = [(m, "_old_forward", vars(m)["_old_forward"]) for m in fetched]
     try:
-        for module in switched:
-            module.forward = functools.partial(_forward, module, module.forward)
+        for module, name, own in [*before, *((m, "forward", m.forward) for m in plain)]:
+            setattr(module, name, functools.partial(_forward, module, own))
         yield
     finally:
-        for module in switched:
+        for module, name, own in before:
+            setattr(module, name, own)
+        for module in plain:
             vars(module).pop("forward", None)
 
 
