@@ -164,16 +164,9 @@ void linear(const std::array<Index, 3>& sizes, const Passed& x, const Passed& w,
             std::uintptr_t bias, std::uintptr_t out, int threads) {
     const auto& [rows, columns, depth] = sizes;
     const View left = view(x), right = view(w);
-    const LinearCall call{rows,
-                          columns,
-                          depth,
-                          left.data,
-                          left.stride[0],
-                          right.data,
-                          right.stride[0],
-                          right.stride[1],
-                          at<void>(bias),
-                          at<void>(out)};
+    const LinearCall call{rows,           columns,      depth,           left.data,
+                          left.stride[0], right.data,   right.stride[0], right.stride[1],
+                          at<void>(bias), at<void>(out)};
     kernels().linear[slot(left.dtype)](call, threads);
 }
 

@@ -2,9 +2,9 @@
 // is on its way from memory: with few rows of x the time is that of reading w. Included once per
 // instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
-// A tile of y, and the depth taken at once. With AVX2 a packed block of w is 120 KiB and the rows of
-// x beside it 240 KiB, for the second cache; one of its panels is 30 KiB, for the first. Measured on
-// Zen 3: 96 to 384 rows and depths of 192 to 512 are within 10 %.
+// A tile of y, and the depth taken at once. With AVX2 a packed block of w is 120 KiB and the rows
+// of x beside it 240 KiB, for the second cache; one of its panels is 30 KiB, for the first.
+// Measured on Zen 3: 96 to 384 rows and depths of 192 to 512 are within 10 %.
 constexpr Index linear_rows = 192, linear_depth = 320, linear_panels = 4;
 
 template <typename R>
@@ -95,8 +95,8 @@ struct LinearTile {
         const R* x = static_cast<const R*>(call.x) + first_row * call.x_row;
         const R* w = static_cast<const R*>(call.w) + first_column * call.w_column;
         const Index whole = rows / block_rows * block_rows;
-        const Index blocks = (round_up(columns, panel_width<R>) / panel_width<R>)*(
-            round_up(rows, block_rows) / block_rows);
+        const Index blocks = (round_up(columns, panel_width<R>) /
+                              panel_width<R>)*(round_up(rows, block_rows) / block_rows);
         for (Index k = 0; k < call.depth; k += linear_depth) {
             const Index depth = std::min(linear_depth, call.depth - k);
             pack_panels(w + k * call.w_row, call.w_row, call.w_column, depth, columns, panels);
@@ -105,7 +105,8 @@ struct LinearTile {
             const Index next = std::min(k + linear_depth, call.depth);
             Lines ahead = lines_of(w + next * call.w_row, call.w_row, call.w_column,
                                    std::min(linear_depth, call.depth - next), columns);
-            const Index step = std::max<Index>(1, blocks * depth / std::max<Index>(1, ahead.count()));
+            const Index step =
+                std::max<Index>(1, blocks * depth / std::max<Index>(1, ahead.count()));
             for (Index n = 0; n < columns; n += panel_width<R>) {
                 const R* panel = panels + n * linear_depth;
                 for (Index m = 0; m < rows; m += block_rows) {
@@ -116,7 +117,8 @@ struct LinearTile {
                     const auto block = [&](auto vectors) {
                         linear_block<vectors>(depth, left, left_row, panel, ahead, step, done);
                     };
-                    switch (std::min<Index>((columns - n + lanes<R> - 1) / lanes<R>, block_vectors)) {
+                    switch (
+                        std::min<Index>((columns - n + lanes<R> - 1) / lanes<R>, block_vectors)) {
                         case 1: block(std::integral_constant<int, 1>()); break;
                         case 2: block(std::integral_constant<int, 2>()); break;
                         case 3: block(std::integral_constant<int, 3>()); break;
@@ -130,11 +132,11 @@ struct LinearTile {
     // Asks for the part of y that a register block at row m, column n of the tile will be added to.
     ATP_FAST_INLINE void prefetch_block(Index m, Index n) const {
         const R* y = static_cast<const R*>(call.y) + (first_row + m) * call.columns + first_column;
-        for (int i = 0; i < block_rows; ++i)
-            prefetch<1>(y + i * call.columns + n, panel_width<R>);
+        for (int i = 0; i < block_rows; ++i) prefetch<1>(y + i * call.columns + n, panel_width<R>);
     }
 
-    // Adds a register block at row m, column n of the tile to y, or to the bias when it is the first.
+    // Adds a register block at row m, column n of the tile to y, or to the bias when it is the
+    // first.
     template <int N>
     ATP_FAST_INLINE void add(Index m, Index n, bool first,
                              const Vec<R> (&sums)[block_rows][N]) const {
@@ -151,7 +153,10 @@ struct LinearTile {
         }
         for (int i = 0; i < std::min<Index>(block_rows, rows - m); ++i, y += call.columns)
             for (Index at = 0; at < std::min<Index>(N * lanes<R>, columns - n); ++at)
-                y[at] = (!first ? y[at] : bias ? bias[at] : R(0)) + sums[i][at / lanes<R>][at % lanes<R>];
+                y[at] = (!first ? y[at]
+                         : bias ? bias[at]
+                                : R(0)) +
+                        sums[i][at / lanes<R>][at % lanes<R>];
     }
 };
 
