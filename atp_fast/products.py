@@ -159,11 +159,12 @@ class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
-        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
-        if grad.dtype.itemsize > 2 and not _multiplies_bfloat16(grad.device.type):
-            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
+        if grad.dtype.itemsize == 2 or _multiplies_bfloat16(grad.device.type):
+            product = (rounded @ narrow).to(grad.dtype)
+        else:
             multiply = _linear_product if ctx.own else torch.matmul
-        return multiply(rounded, narrow).to(grad.dtype), None, None, None, None
+            product = multiply(rounded.to(grad.dtype), narrow.to(grad.dtype))
+        return product, None, None, None, None
 
 
 class NarrowCotangents(TorchFunctionMode):

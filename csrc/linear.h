@@ -97,7 +97,8 @@ struct LinearTile {
         const Index whole = rows / block_rows * block_rows;
         const Index blocks = (round_up(columns, panel_width<R>) /
                               panel_width<R>)*(round_up(rows, block_rows) / block_rows);
-        for (Index k = 0; k < call.depth; k += linear_depth) {
+        Index k = 0;
+        do {  // once at least: without depth y is the bias
             const Index depth = std::min(linear_depth, call.depth - k);
             pack_panels(w + k * call.w_row, call.w_row, call.w_column, depth, columns, panels);
             for (Index m = whole; m < rows; ++m)
@@ -126,7 +127,8 @@ struct LinearTile {
                     }
                 }
             }
-        }
+            k += linear_depth;
+        } while (k < call.depth);
     }
 
     // Asks for the part of y that a register block at row m, column n of the tile will be added to.
@@ -163,13 +165,6 @@ struct LinearTile {
 // Every element of y is summed by one thread in one order, whatever the rows and the threads.
 template <typename R>
 void linear(const LinearCall& call, int threads) {
-    if (call.depth == 0) {
-        const LinearTile<R> all{call, 0, 0, call.rows, call.columns, nullptr, nullptr};
-        const Vec<R> zero[block_rows][1] = {};
-        for (Index m = 0; m < call.rows; m += block_rows)
-            for (Index n = 0; n < call.columns; n += lanes<R>) all.add(m, n, true, zero);
-        return;
-    }
     struct Context {
         const LinearCall& call;
         Index row_tiles;

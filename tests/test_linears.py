@@ -17,7 +17,7 @@ import op_cases
 import zoo
 from atp_fast import _C, products
 from atp_fast.engine import Engine
-from atp_fast.hf.linears import own_linears
+from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.nodes import Node
 from atp_fast.ops import cpp
 
@@ -144,7 +144,7 @@ def test_layers_and_their_gradients(everywhere: list[int], lead: tuple[int, ...]
     model = small_model()
     x, cotangents = torch.randn(*lead, 24), torch.randn(4, *lead, 8)
     wanted = gradients(model, x, cotangents)
-    with own_linears(model, CPU, "auto"):
+    with own_linears(find_linears(model), CPU, "auto"):
         found = gradients(model, x, cotangents)
         with torch.no_grad():
             assert torch.equal(model(x), found[0])
@@ -155,7 +155,7 @@ def test_layers_and_their_gradients(everywhere: list[int], lead: tuple[int, ...]
 
 def test_what_is_left_to_torch(everywhere: list[int]) -> None:
     def run(model: nn.Module, x: Tensor, backend: str = "cpp") -> Tensor:
-        with own_linears(model, CPU, backend):
+        with own_linears(find_linears(model), CPU, backend):
             y: Tensor = model(x)
         return y
 
@@ -183,19 +183,19 @@ def test_what_another_has_switched_stays(everywhere: list[int]) -> None:
         return x + 1
 
     layer.forward = theirs
-    with own_linears(layer, CPU, "auto"):
+    with own_linears(find_linears(layer), CPU, "auto"):
         assert layer(torch.zeros(2, 4)).tolist() == [[1] * 4] * 2
     assert layer.forward is theirs and everywhere == []
 
 
 def test_weights_that_accelerate_fetches(everywhere: list[int]) -> None:
     model, x = small_model(), torch.randn(3, 24)
-    with own_linears(model, CPU, "auto"):
+    with own_linears(find_linears(model), CPU, "auto"):
         wanted = model(x)
     everywhere.clear()
     accelerate.cpu_offload(model, execution_device=CPU)
     before = {module: dict(vars(module)) for module in model.modules()}
-    with own_linears(model, CPU, "auto"):
+    with own_linears(find_linears(model), CPU, "auto"):
         assert torch.equal(model(x), wanted)
     assert everywhere == [3, 3, 3]
     for module, attributes in before.items():
@@ -205,7 +205,7 @@ def test_weights_that_accelerate_fetches(everywhere: list[int]) -> None:
 
 def test_own_code_is_back_after_an_error(everywhere: list[int]) -> None:
     layer = nn.Linear(4, 4).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="stop"), own_linears(layer, CPU, "auto"):
+    with pytest.raises(RuntimeError, match="stop"), own_linears(find_linears(layer), CPU, "auto"):
         assert "forward" in vars(layer)
         raise RuntimeError("stop")
     assert "forward" not in vars(layer)
@@ -244,7 +244,7 @@ def test_narrow_cotangents(
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device_type: units)
     model = small_model()
     x, cotangents = torch.randn(3, 24), torch.randn(4, 3, 8)
-    with own_linears(model, CPU, "auto"):
+    with own_linears(find_linears(model), CPU, "auto"):
         wide = gradients(model, x, cotangents)
         count = len(everywhere)
         with products.NarrowCotangents():

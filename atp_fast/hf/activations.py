@@ -5,16 +5,18 @@ GPT-2's gelu is nine operations: nine passes over all neurons forward, more for 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import AccurateGELUActivation, NewGELUActivation
 
+from atp_fast.hf.switching import Function, switched
+
 _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
-_FUSED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+_FUSED: dict[type[nn.Module], Function] = {
     NewGELUActivation: _tanh_gelu,
     AccurateGELUActivation: _tanh_gelu,
 }
@@ -25,22 +27,12 @@ def find_activations(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if type(module) in _FUSED]
 
 
-@contextlib.contextmanager
-def fused(modules: Sequence[nn.Module]) -> Iterator[None]:
+def fused(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Inside, these activations run fused; the model's own code is back at the end."""
-    switched = [m for m in modules if "forward" not in vars(m)]  # not what another has switched
-    try:
-        for module in switched:
-            own: Callable[[Tensor], Tensor] = module.forward
-            module.forward = functools.partial(_forward, own, _FUSED[type(module)])
-        yield
-    finally:
-        for module in switched:
-            vars(module).pop("forward", None)
+    own = [(m, "forward") for m in modules if "forward" not in vars(m)]  # not another's
+    return switched(own, lambda m, f: functools.partial(_forward, f, _FUSED[type(m)]))
 
 
-def _forward(
-    own: Callable[[Tensor], Tensor], function: Callable[[Tensor], Tensor], x: Tensor
-) -> Tensor:
+def _forward(own: Function, function: Function, x: Tensor) -> Tensor:
     # narrow types are rounded where the model rounds them
     return function(x) if x.dtype.itemsize >= 4 else own(x)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,40 +12,39 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_fast import products
+from atp_fast.hf.switching import Function, switched
 from atp_fast.ops import backends
 
 
-@contextlib.contextmanager
-def own_linears(model: nn.Module, device: torch.device, backend: str) -> Iterator[None]:
+def find_linears(model: nn.Module) -> list[nn.Module]:
+    """The model's linear layers."""
+    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+
+
+def own_linears(
+    modules: Sequence[nn.Module], device: torch.device, backend: str
+) -> AbstractContextManager[None]:
     """Inside, float32 linear layers whose weights need no gradient multiply by backend "cpp", if that is the backend.
 
     The model's own code is back at the end.
     """
     chosen = backends.backend_for(torch.empty(0, device=device), backend)
     if chosen != "cpp" or not products.own_products_are_faster():
-        yield
-        return
-    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
-    # accelerate fetches weights that are elsewhere, then calls what it keeps as _old_forward
-    fetched = [m for m in layers if "_old_forward" in vars(m)]
-    plain = [m for m in layers if "forward" not in vars(m)]  # not what another has switched
-    before = [(m, "_old_forward", vars(m)["_old_forward"]) for m in fetched]
-    try:
-        for module, name, own in [*before, *((m, "forward", m.forward) for m in plain)]:
-            setattr(module, name, functools.partial(_forward, module, own))
-        yield
-    finally:
-        for module, name, own in before:
-            setattr(module, name, own)
-        for module in plain:
-            vars(module).pop("forward", None)
+        return nullcontext()
+    own = []
+    for module in modules:
+        if "_old_forward" in vars(module):  # accelerate fetches the weights, then calls this
+            own.append((module, "_old_forward"))
+        elif "forward" not in vars(module):  # not what another has switched
+            own.append((module, "forward"))
+    return switched(own, lambda module, forward: functools.partial(_forward, module, forward))
 
 
-def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(module: Any, own: Function, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight)) and not (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if not plain or 1 not in weight.stride():
+    float32 = x.dtype == weight.dtype == torch.float32
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or not float32 or not on_cpu or 1 not in weight.stride():
         return own(x)
     return products.linear(x, weight.t() if isinstance(module, nn.Linear) else weight, bias)

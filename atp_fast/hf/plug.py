@@ -34,7 +34,7 @@ from atp_fast.hf.inspection import (
     first_tensor,
     trace,
 )
-from atp_fast.hf.linears import own_linears
+from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
@@ -293,6 +293,10 @@ class Plug:
         return sum(p.numel() for p in self.layers[0].module.parameters())
 
     @functools.cached_property
+    def _linears(self) -> list[nn.Module]:
+        return find_linears(self.model)
+
+    @functools.cached_property
     def _configs(self) -> list[Any]:
         """Every config object of the model and its modules, and those inside them."""
         found: dict[int, Any] = {
@@ -334,7 +338,7 @@ class Plug:
         """
         check_eval(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        own = own_linears(self.model, self.device, self.backend)
+        own = own_linears(self._linears, self.device, self.backend)
         with self._implementation(NAME), own:
             try:
                 for p in trained:

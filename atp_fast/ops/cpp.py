@@ -27,6 +27,10 @@ def _passed(x: Tensor) -> _Passed:
 _NOTHING: _Passed = (0, 0, ())
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _addresses(stats: AttentionStats) -> tuple[int, int, int, int, int]:
     z, logsumexp, top_key, loo_logsumexp, loo_z = (x.data_ptr() for x in stats)
     return z, logsumexp, top_key, loo_logsumexp, loo_z
@@ -43,8 +47,8 @@ class _Options:
             scoring.causal,
             scoring.window or 0,
             scoring.softcap or 0.0,
-            0 if self.sinks is None else self.sinks.data_ptr(),
-            0 if self.key_mask is None else self.key_mask.data_ptr(),
+            _address(self.sinks),
+            _address(self.key_mask),
         )
 
 
@@ -68,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (len(rows), columns, depth),
         _passed(rows),
         _passed(weight),
-        0 if bias is None else bias.data_ptr(),
+        _address(bias),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -211,7 +215,7 @@ def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         grad.shape,
         _passed(delta),
         _passed(grad),
-        0 if weights is None else weights.data_ptr(),
+        _address(weights),
         out.data_ptr(),
         torch.get_num_threads(),
     )
