@@ -14,10 +14,11 @@ from setuptools.command.build_ext import build_ext
 os.chdir(Path(__file__).resolve().parent)
 VERSION_FILE = "atp_fast/_version.py"
 DEPENDS = [*sorted(glob("csrc/*.h")), VERSION_FILE, "setup.py"]
+# without aligned loops the same product is up to 7 % slower, by where the linker happens to put it
 FLAGS = (
     ["/O2", "/W4"]
     if sys.platform == "win32"
-    else ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    else ["-O3", "-falign-loops=64", "-fvisibility=hidden", "-Wall", "-Wextra"]
 )
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 

@@ -1,10 +1,11 @@
-// y = x w + bias. w is read where it lies, block by block into packed panels, while the next block
-// is on its way from memory: with few rows of x the time is that of reading w. Included once per
+// y = x w + bias. w is read where it lies, packed panel by panel, while the next block of panels is
+// on its way from memory: with few rows of x the time is that of reading w. Included once per
 // instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
-// A tile of y, and the depth taken at once. With AVX2 a packed block of w is 120 KiB and the rows
-// of x beside it 240 KiB, for the second cache; one of its panels is 30 KiB, for the first.
-// Measured on Zen 3: 96 to 384 rows and depths of 192 to 512 are within 10 %.
+// A tile of y, and the most depth taken at once. With AVX2 a panel is 30 KiB, for the first cache;
+// the rows of x beside it are 240 KiB and the next block of w 120 KiB, for the second.
+// Measured on Zen 3: 96 to 384 rows and depths of 192 to 512 are within 10 %, 2 or 8 panels up to
+// 10 % slower.
 constexpr Index linear_rows = 192, linear_depth = 320, linear_panels = 4;
 
 template <typename R>
@@ -12,38 +13,33 @@ constexpr Index panel_width = block_vectors * lanes<R>;
 template <typename R>
 constexpr Index linear_columns = linear_panels * panel_width<R>;
 template <typename R>
-constexpr Index linear_scratch = linear_depth * (linear_columns<R> + block_rows);
+constexpr Index linear_scratch = linear_depth * (panel_width<R> + block_rows);
 
-// Columns of w[depth][columns] as panels [depth][panel_width], `linear_depth` rows apart; zeros
+// Columns of w[depth][columns], panel_width of them at most, as a panel [depth][panel_width]; zeros
 // behind the last column.
 template <typename R>
-ATP_FAST_INLINE void pack_panels(const R* w, Index row, Index column, Index depth, Index columns,
-                                 R* out) {
+ATP_FAST_INLINE void pack_panel(const R* w, Index row, Index column, Index depth, Index columns,
+                                R* panel) {
     constexpr Index L = lanes<R>, P = panel_width<R>;
-    Index n = 0;
-    if (column == 1) {
-        n = columns / P * P;
-        for (Index k = 0; k < depth; ++k)
-            for (Index p = 0; p < n; p += P)
-                for (Index v = 0; v < P; v += L)
-                    store(out + p * linear_depth + k * P + v, load(w + k * row + p + v));
-    }
-    for (; n < columns; n += L) {
-        const R* from = w + n * column;
-        R* to = out + n / P * P * linear_depth + n % P;
-        const Index width = std::min(L, columns - n);
-        Index k = 0;
-        if (row == 1 && width == L)
-            for (; k + L <= depth; k += L) {
-                Vec<R> square[L];
-                for (Index i = 0; i < L; ++i) square[i] = load(from + i * column + k);
-                transpose_square<R>(square);
-                for (Index i = 0; i < L; ++i) store(to + (k + i) * P, square[i]);
-            }
+    Index k = 0;
+    if (columns == P && column == 1) {
         for (; k < depth; ++k)
-            for (Index i = 0; i < L; ++i)
-                to[k * P + i] = i < width ? from[k * row + i * column] : R(0);
+            for (Index n = 0; n < P; n += L) store(panel + k * P + n, load(w + k * row + n));
+    } else if (columns == P && row == 1) {
+        const Index whole = depth / L * L;
+        for (Index n = 0; n < P; n += L)
+            for (k = 0; k < whole; k += L) {
+                const R* from = w + n * column + k;
+                Vec<R> square[L];
+                for (Index i = 0; i < L; ++i) __builtin_prefetch(from + i * column + 4 * L);
+                for (Index i = 0; i < L; ++i) square[i] = load(from + i * column);
+                transpose_square<R>(square);
+                for (Index i = 0; i < L; ++i) store(panel + (k + i) * P + n, square[i]);
+            }
     }
+    for (; k < depth; ++k)
+        for (Index n = 0; n < P; ++n)
+            panel[k * P + n] = n < columns ? w[k * row + n * column] : R(0);
 }
 
 // Cache lines of a block that will be packed next, asked for one by one.
@@ -60,14 +56,6 @@ struct Lines {
         if (byte >= bytes) byte = 0, ++run;
     }
 };
-
-template <typename R>
-Lines lines_of(const R* w, Index row, Index column, Index depth, Index columns) {
-    constexpr Index size = sizeof(R);
-    const char* data = reinterpret_cast<const char*>(w);
-    if (column == 1) return {data, depth, columns * size, row * size};
-    return {data, columns, depth * size, column * size};
-}
 
 // A register block of y, whose sums go to done; a line is fetched every `step` of depth.
 template <int N, typename R, typename Done>
@@ -88,8 +76,9 @@ template <typename R>
 struct LinearTile {
     const LinearCall& call;
     Index first_row, first_column, rows, columns;
-    R* panels;     // [linear_panels][linear_depth][panel_width]
-    R* last_rows;  // [block_rows][linear_depth], what is left over of x's rows
+    Index next_column, next_columns;  // of the tile that the thread will likely do next, or none
+    R* panel;                         // [linear_depth][panel_width]
+    R* last_rows;                     // [block_rows][linear_depth], what is left over of x's rows
 
     void run() const {
         const R* x = static_cast<const R*>(call.x) + first_row * call.x_row;
@@ -97,19 +86,20 @@ struct LinearTile {
         const Index whole = rows / block_rows * block_rows;
         const Index blocks = (round_up(columns, panel_width<R>) /
                               panel_width<R>)*(round_up(rows, block_rows) / block_rows);
+        const Index steps = std::max<Index>(1, round_up(call.depth, linear_depth) / linear_depth);
+        const Index longest = round_up(round_up(call.depth, steps) / steps, lanes<R>);
         Index k = 0;
         do {  // once at least: without depth y is the bias
-            const Index depth = std::min(linear_depth, call.depth - k);
-            pack_panels(w + k * call.w_row, call.w_row, call.w_column, depth, columns, panels);
+            const Index depth = std::min(longest, call.depth - k), next = k + depth;
             for (Index m = whole; m < rows; ++m)
                 std::copy_n(x + m * call.x_row + k, depth, last_rows + (m - whole) * linear_depth);
-            const Index next = std::min(k + linear_depth, call.depth);
-            Lines ahead = lines_of(w + next * call.w_row, call.w_row, call.w_column,
-                                   std::min(linear_depth, call.depth - next), columns);
+            Lines ahead = next < call.depth ? lines(next, longest, first_column, columns)
+                                            : lines(0, longest, next_column, next_columns);
             const Index step =
                 std::max<Index>(1, blocks * depth / std::max<Index>(1, ahead.count()));
             for (Index n = 0; n < columns; n += panel_width<R>) {
-                const R* panel = panels + n * linear_depth;
+                pack_panel(w + k * call.w_row + n * call.w_column, call.w_row, call.w_column, depth,
+                           std::min(panel_width<R>, columns - n), panel);
                 for (Index m = 0; m < rows; m += block_rows) {
                     if (m < whole) prefetch_block(m, n);
                     const R* left = m < whole ? x + m * call.x_row + k : last_rows;
@@ -127,8 +117,18 @@ struct LinearTile {
                     }
                 }
             }
-            k += linear_depth;
+            k = next;
         } while (k < call.depth);
+    }
+
+    // The lines of w[depth][columns] from row k and `column` on; of rows only as far as w has any.
+    Lines lines(Index k, Index depth, Index column, Index columns) const {
+        constexpr Index size = sizeof(R);
+        const R* w = static_cast<const R*>(call.w) + k * call.w_row + column * call.w_column;
+        const char* data = reinterpret_cast<const char*>(w);
+        depth = columns > 0 ? std::min(depth, call.depth - k) : 0;
+        if (call.w_column == 1) return {data, depth, columns * size, call.w_row * size};
+        return {data, columns, depth * size, call.w_column * size};
     }
 
     // Asks for the part of y that a register block at row m, column n of the tile will be added to.
@@ -168,24 +168,29 @@ void linear(const LinearCall& call, int threads) {
     struct Context {
         const LinearCall& call;
         Index row_tiles;
+        int threads;
         R* scratch;
     };
+    static constexpr Index width = linear_columns<R>;
     const Index row_tiles = round_up(call.rows, linear_rows) / linear_rows;
-    const Index column_tiles = round_up(call.columns, linear_columns<R>) / linear_columns<R>;
+    const Index column_tiles = round_up(call.columns, width) / width;
     const Scratch scratch(std::max(threads, 1) * linear_scratch<R> * Index(sizeof(R)));
-    Context context{call, row_tiles, reinterpret_cast<R*>(scratch.data())};
+    Context context{call, row_tiles, std::max(threads, 1), reinterpret_cast<R*>(scratch.data())};
     const auto tile = [](void* given, Index unit, int thread) {
         const Context& c = *static_cast<Context*>(given);
-        const Index row = unit % c.row_tiles * linear_rows;
-        const Index column = unit / c.row_tiles * linear_columns<R>;
-        R* panels = c.scratch + thread * linear_scratch<R>;
+        const Index row = unit % c.row_tiles * linear_rows, column = unit / c.row_tiles * width;
+        // threads that keep step take every so-manieth unit
+        const Index next = std::min(c.call.columns, (unit + c.threads) / c.row_tiles * width);
+        R* panel = c.scratch + thread * linear_scratch<R>;
         LinearTile<R>{c.call,
                       row,
                       column,
                       std::min(linear_rows, c.call.rows - row),
-                      std::min(linear_columns<R>, c.call.columns - column),
-                      panels,
-                      panels + linear_depth * linear_columns<R>}
+                      std::min(width, c.call.columns - column),
+                      next,
+                      next == column ? 0 : std::min(width, c.call.columns - next),
+                      panel,
+                      panel + linear_depth * panel_width<R>}
             .run();
     };
     parallel(row_tiles * column_tiles, threads, tile, &context);
