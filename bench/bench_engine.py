@@ -133,7 +133,7 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
                 providers.remove(provider)
                 del calls[provider]
     calls |= {name: call for name, (call, _) in paths.items()}
-    timings = interleaved(calls, options.rounds, lock=options.lock, repeats=REPEATS)
+    timings = interleaved(calls, options.rounds, options.warmup, options.lock, REPEATS)
 
     rates = {name: [paths[name][1] / s for s in timings[name].wall] for name in paths}
     for name, values in rates.items():
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, action="append", help="prompt length, may be repeated")
     parser.add_argument("--methods", nargs="+", choices=TIMED_METHODS, default=TIMED_METHODS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
     parser.add_argument("--backend", default="auto")
     parser.add_argument(

@@ -153,6 +153,23 @@ def test_layers_and_their_gradients(everywhere: list[int], lead: tuple[int, ...]
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("tokens", [0, 3, 9000])
+def test_gradients_of_few_tokens(everywhere: list[int], rows: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 9000).requires_grad_(False)
+    x = torch.randn(rows, 6, requires_grad=True)
+    cotangent = torch.zeros(rows, 9000)
+    cotangent[-1, torch.randperm(9000)[:tokens]] = torch.randn(tokens)
+    with own_linears([head], CPU, "cpp"):
+        y = head(x)
+        everywhere.clear()
+        found = torch.autograd.grad(y, x, cotangent)[0]
+    torch.testing.assert_close(found, cotangent @ head.weight, rtol=1e-4, atol=1e-4)
+    few = tokens < 9000 and rows <= 8
+    assert everywhere == ([] if few or rows == 1 else [rows])
+
+
 def test_what_is_left_to_torch(everywhere: list[int]) -> None:
     def run(model: nn.Module, x: Tensor, backend: str = "cpp") -> Tensor:
         with own_linears(find_linears(model), CPU, backend):
