@@ -8,6 +8,10 @@
 // 10 % slower.
 constexpr Index linear_rows = 192, linear_depth = 320, linear_panels = 4;
 
+// Rows of x that all of w is multiplied by before the next ones are: they stay in the third cache.
+// One after the other instead, 4,608 rows take up to 18 % longer.
+constexpr Index linear_group_bytes = 4 << 20;
+
 template <typename R>
 constexpr Index panel_width = block_vectors * lanes<R>;
 template <typename R>
@@ -80,7 +84,8 @@ struct LinearTile {
     R* panel;                         // [linear_depth][panel_width]
     R* last_rows;                     // [block_rows][linear_depth], what is left over of x's rows
 
-    void run() const {
+    // Not inlined: among what surrounds the call the compiler would run out of registers.
+    __attribute__((noinline)) void run() const {
         const R* x = static_cast<const R*>(call.x) + first_row * call.x_row;
         const R* w = static_cast<const R*>(call.w) + first_column * call.w_column;
         const Index whole = rows / block_rows * block_rows;
@@ -167,20 +172,29 @@ template <typename R>
 void linear(const LinearCall& call, int threads) {
     struct Context {
         const LinearCall& call;
-        Index row_tiles;
+        Index row_tiles, column_tiles, group;  // group: tiles of rows
         int threads;
         R* scratch;
     };
     static constexpr Index width = linear_columns<R>;
     const Index row_tiles = round_up(call.rows, linear_rows) / linear_rows;
     const Index column_tiles = round_up(call.columns, width) / width;
+    const Index tile_bytes = linear_rows * std::max<Index>(1, call.depth) * Index(sizeof(R));
     const Scratch scratch(std::max(threads, 1) * linear_scratch<R> * Index(sizeof(R)));
-    Context context{call, row_tiles, std::max(threads, 1), reinterpret_cast<R*>(scratch.data())};
+    Context context{call,
+                    row_tiles,
+                    column_tiles,
+                    std::max<Index>(1, linear_group_bytes / tile_bytes),
+                    std::max(threads, 1),
+                    reinterpret_cast<R*>(scratch.data())};
     const auto tile = [](void* given, Index unit, int thread) {
         const Context& c = *static_cast<Context*>(given);
-        const Index row = unit % c.row_tiles * linear_rows, column = unit / c.row_tiles * width;
+        const Index first = unit / (c.group * c.column_tiles) * c.group;  // tile of the group
+        const Index rows = std::min(c.group, c.row_tiles - first);
+        const Index inside = unit - first * c.column_tiles;
+        const Index row = (first + inside % rows) * linear_rows, column = inside / rows * width;
         // threads that keep step take every so-manieth unit
-        const Index next = std::min(c.call.columns, (unit + c.threads) / c.row_tiles * width);
+        const Index next = std::min(c.call.columns, (inside + c.threads) / rows * width);
         R* panel = c.scratch + thread * linear_scratch<R>;
         LinearTile<R>{c.call,
                       row,
