@@ -62,6 +62,7 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 SHAPES = [
     (1, 1, 1), (0, 3, 4), (2, 0, 5), (3, 4, 0), (4, 320, 96), (5, 321, 97), (15, 37, 53),
     (192, 24, 64), (193, 8, 8), (200, 640, 25), (3, 768, 300), (31, 1000, 10), (500, 2000, 200),
+    (9, 40, 48), (41, 5, 100), (64, 650, 145), (65, 16, 48),
 ]  # fmt: skip
 
 
@@ -95,20 +96,24 @@ def test_random_products(
     check_product(x, weight, torch.randn(columns) if biased else None)
 
 
-def test_bits_depend_neither_on_threads_nor_on_other_rows() -> None:
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bits_depend_neither_on_threads_nor_on_other_rows(transposed: bool) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(400, 700), torch.randn(300, 700).t()
+    x, weight, bias = torch.randn(400, 700), torch.randn(300, 700).t(), torch.randn(300)
+    if not transposed:
+        weight = weight.contiguous()
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(cpp.linear(x, weight))
+            results.append(cpp.linear(x, weight, bias))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    for part in (slice(0, 2), slice(7, 18), slice(190, 200), slice(399, 400)):
-        assert torch.equal(cpp.linear(x[part], weight), results[0][part])
+    for part in (slice(0, 2), slice(7, 18), slice(150, 214), slice(150, 215), slice(399, 400)):
+        assert torch.equal(cpp.linear(x[part], weight, bias), results[0][part])
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
