@@ -18,6 +18,7 @@ import zoo
 from atp_fast import Engine, ops
 from atp_fast.memory import (
     _ROWS_ENOUGH,
+    _TAPED_ROWS_ENOUGH,
     Budget,
     SweepPlan,
     SweepSize,
@@ -30,7 +31,7 @@ from atp_fast.memory import (
 )
 from atp_fast.nodes import KINDS
 
-ENOUGH = _ROWS_ENOUGH["cpu"]
+ENOUGH, TAPED_ENOUGH = _ROWS_ENOUGH["cpu"], _TAPED_ROWS_ENOUGH["cpu"]
 DEFAULT = ("q", "k", "v", "z", "neuron")
 
 
@@ -129,10 +130,9 @@ def test_plans_keep_to_the_budget_and_grow_with_it(together: bool, auto: bool) -
             assert ranks(plan) >= before
             before = ranks(plan)
         # with room for everything, all that is of use is done at once
-        assert (plan.chunk + 1) * plan.pairs * size.positions > ENOUGH or (
-            plan.chunk == size.cotangents
-            and plan.pairs == min(20, -(-ENOUGH // (plan.chunk * size.positions)))
-        )
+        useful = -(-min(ENOUGH // size.cotangents, TAPED_ENOUGH) // size.positions)
+        assert plan.pairs == (20 if together else min(20, useful))
+        assert plan.chunk == min(size.cotangents, max(1, ENOUGH // (plan.pairs * size.positions)))
         assert plan.taped_from == 0
 
 
