@@ -90,7 +90,7 @@ ATP_FAST_INLINE void linear_block(Index depth, const R* x, Index x_row, const R*
     for (Index k = 0; k < depth;) {
         ahead.fetch_one();
         for (const Index end = std::min(depth, k + step); k < end; ++k)
-            multiply_add<N>(sums, x + k, x_row, panel + k * panel_width<R>);
+            multiply_add(sums, x + k, x_row, panel + k * panel_width<R>);
     }
     done(sums);
 }
@@ -231,16 +231,11 @@ constexpr int turned_streams = 6;  // rows of w' read side by side: 12 were up t
 template <typename R>
 constexpr Index turned_width = turned_vectors * lanes<R>;
 
-// One step of depth: sums[m][n] += w[m] x[n]. The smaller side stays in registers.
+// multiply_add with the smaller side in registers.
 template <int M, int N, typename R>
 ATP_FAST_INLINE void turned_step(Vec<R> (&sums)[M][N], const R* w, Index w_column, const R* x) {
     if constexpr (M > N) {
-        Vec<R> right[N];
-        for (int n = 0; n < N; ++n) right[n] = load(x + n * lanes<R>);
-        for (int m = 0; m < M; ++m) {
-            const R left = w[m * w_column];
-            for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
-        }
+        multiply_add(sums, w, w_column, x);
     } else {
         for (int n = 0; n < N; ++n) {
             const Vec<R> right = load(x + n * lanes<R>);

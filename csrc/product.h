@@ -16,12 +16,11 @@ struct Range {
 };
 
 // One step of depth of a register block: sums[m][n] += a[m] b[n].
-template <int N, typename R>
-ATP_FAST_INLINE void multiply_add(Vec<R> (&sums)[block_rows][N], const R* a, Index a_row,
-                                  const R* b) {
+template <int M, int N, typename R>
+ATP_FAST_INLINE void multiply_add(Vec<R> (&sums)[M][N], const R* a, Index a_row, const R* b) {
     Vec<R> right[N];
     for (int n = 0; n < N; ++n) right[n] = load(b + n * lanes<R>);
-    for (int m = 0; m < block_rows; ++m) {
+    for (int m = 0; m < M; ++m) {
         const R left = a[m * a_row];
         for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
     }
@@ -34,7 +33,7 @@ ATP_FAST_INLINE void product_block(Range range, const R* a, Index a_row, Index a
     for (int m = 0; m < block_rows; ++m)
         for (int n = 0; n < N; ++n) sums[m][n] = Vec<R>{};
     for (Index k = range.begin; k < range.end; ++k)
-        multiply_add<N>(sums, a + k * a_step, a_row, b + k * b_row);
+        multiply_add(sums, a + k * a_step, a_row, b + k * b_row);
     done(sums);
 }
 
