@@ -178,13 +178,16 @@ def plan_sweep(
     fit, they are the plan.
     """
     layers = len(plug.layers)
-    rows, taped_rows = _rows_enough(plug, _ROWS_ENOUGH), _rows_enough(plug, _TAPED_ROWS_ENOUGH)
+    rows = _rows_enough(plug, _ROWS_ENOUGH)
 
     def fits(batch: int, chunk: int, tapes: int) -> bool:
         plan = SweepPlan(batch, chunk, layers - tapes)
         return estimate_sweep(plug, plan, size) <= budget.bytes
 
-    useful = -(-min(rows // size.cotangents, taped_rows) // size.positions)
+    pair_rows = rows // size.cotangents
+    if not plug.offloaded:  # such a model keeps no tapes, and every batch fetches its weights again
+        pair_rows = min(pair_rows, _rows_enough(plug, _TAPED_ROWS_ENOUGH))
+    useful = -(-pair_rows // size.positions)
     batch = (
         pairs
         if together

@@ -136,6 +136,17 @@ def test_plans_keep_to_the_budget_and_grow_with_it(together: bool, auto: bool) -
         assert plan.taped_from == 0
 
 
+def test_an_offloaded_model_takes_more_pairs_and_no_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug = Engine(zoo.build("llama")).plug
+    size = SweepSize(positions=50, prefix=0, cotangents=1, kinds=("q",), logits=1)
+    budget = Budget(2**40, auto=False)
+    here = plan_sweep(plug, budget, size, pairs=100, together=False)
+    monkeypatch.setattr(type(plug), "offloaded", True)
+    there = plan_sweep(plug, budget, size, pairs=100, together=False)
+    assert here == SweepPlan(-(-TAPED_ENOUGH // 50), 1, taped_from=0)
+    assert there == SweepPlan(-(-ENOUGH // 50), 1, taped_from=len(plug.layers))
+
+
 def test_estimates_grow_with_the_work() -> None:
     plug = Engine(zoo.build("gpt2")).plug
     base = SweepSize(positions=50, prefix=10, cotangents=4, kinds=("q", "k"), logits=1)
