@@ -1,28 +1,38 @@
 """AtP*: which attention and MLP components of a language model cause a behaviour.
 
+The folders in the order in which data flows, each importing only what stands before it:
+prompts -> ops -> hf -> attribution -> patching -> results -> engine -> study -> distributed -> integrations -> cli.
 The names below are loaded on first use, so that `import atp_fast` alone imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from atp_fast._moved import Moved
 from atp_fast._version import __version__
 
 if TYPE_CHECKING:
     from atp_fast import metrics as metrics
     from atp_fast import ops as ops
-    from atp_fast import tasks as tasks
-    from atp_fast.build import build_info
+    from atp_fast.attribution import literal as literal
     from atp_fast.engine import Engine
     from atp_fast.metrics import Metric
     from atp_fast.models import load_model
     from atp_fast.nodes import Node, NodeSpace
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.ops.build import build_info
+    from atp_fast.prompts import tasks as tasks
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution, PatchEffects
 
-_MODULES = ("metrics", "ops", "tasks")
+_MODULES = {
+    "literal": "attribution.literal",
+    "metrics": "metrics",
+    "ops": "ops",
+    "tasks": "prompts.tasks",
+}
 _HOMES = {
     "Attribution": "results",
     "Engine": "engine",
@@ -30,8 +40,8 @@ _HOMES = {
     "Node": "nodes",
     "NodeSpace": "nodes",
     "PatchEffects": "results",
-    "PromptPairs": "pairs",
-    "build_info": "build",
+    "PromptPairs": "prompts.pairs",
+    "build_info": "ops.build",
     "load_model": "models",
 }
 
@@ -45,21 +55,25 @@ __all__ = [
     "PromptPairs",
     "__version__",
     "build_info",
+    "literal",
     "load_model",
     "metrics",
     "ops",
     "tasks",
 ]
 
+sys.meta_path.append(Moved())
+
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"atp_fast.{name}")
-    if name in _HOMES:
+        value = importlib.import_module(f"atp_fast.{_MODULES[name]}")
+    elif name in _HOMES:
         value = getattr(importlib.import_module(f"atp_fast.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'atp_fast' has no attribute {name!r}")
+    else:
+        raise AttributeError(f"module 'atp_fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

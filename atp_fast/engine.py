@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atp_fast._version import __version__
-from atp_fast.baselines.subsets import EnginePatcher, moving_ids
-from atp_fast.diagnostics import MissedBound, bound_missed
+from atp_fast.attribution.memory import SweepPlan, SweepSize, budget_for, plan_sweep, read_budget
+from atp_fast.attribution.precision import check_precision
+from atp_fast.attribution.question import Question, check_method
+from atp_fast.attribution.scores import Scores
+from atp_fast.attribution.sweep import sweep
 from atp_fast.hf import Plug
-from atp_fast.memory import SweepPlan, SweepSize, budget_for, plan_sweep, read_budget
-from atp_fast.metrics import Metric, resolve
+from atp_fast.metrics import Metric, MetricLike, resolve
 from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
 from atp_fast.ops.reference import accumulation_dtype
-from atp_fast.pairs import PromptPairs
-from atp_fast.patching import Patching
-from atp_fast.products import check_precision, fast_products
+from atp_fast.patching.diagnostics import MissedBound, bound_missed
+from atp_fast.patching.sessions import Patching
+from atp_fast.patching.subsets import NodePatcher, moving_ids
+from atp_fast.prompts.directions import Direction, directed
+from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution, PatchEffects
-from atp_fast.sweep import Scores, check_method, sweep
-
-Direction = Literal["noising", "denoising"]
-MetricLike = str | Metric | Callable[..., Any]
-DEFAULT_NODES = ("q", "k", "v", "z", "neuron")
 
 
 class Engine:
@@ -63,11 +62,11 @@ class Engine:
     def attribute(
         self,
         pairs: PromptPairs,
-        metric: MetricLike = "logit_diff",
-        method: str = "atp*",
-        nodes: Sequence[str] = DEFAULT_NODES,
-        direction: Direction = "noising",
-        per_pair: bool = False,
+        metric: MetricLike = Question.metric,
+        method: str = Question.method,
+        nodes: Sequence[str] = Question.nodes,
+        direction: Direction = Question.direction,
+        per_pair: bool = Question.per_pair,
         progress: bool | None = None,
     ) -> Attribution:
         """Score every node of the given kinds on prompt pairs (AtP*, arXiv 2403.00745).
@@ -80,10 +79,9 @@ class Engine:
         on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
         chosen = check_method(method)
-        kinds = check_kinds(nodes)
-        run_pairs = _directed(pairs, direction)
-        measure = resolve(metric, run_pairs)
+        run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
+        measure, kinds = resolve(metric, run_pairs), check_kinds(nodes)
         space = self.plug.space(pairs.clean_ids.shape[1], kinds)
         if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
             reason = self.plug.inspection.refused["graddrop"]
@@ -91,26 +89,23 @@ class Engine:
                 f"method {method!r} is not served on {self.plug.name}: {reason}"
             )
         dtype = accumulation_dtype(next(self.model.parameters()))
-        scores = Scores(space, len(pairs), self.plug.device, dtype, per_pair)
+        keep = len(pairs) if per_pair else 0
+        scores = Scores(space, chosen, self.plug.device, dtype, keep)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
-        plan = self._plan(run_pairs, measure, chosen.graddrop, kinds)
+        plan = self._plan(run_pairs, measure, scores)
         batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
-        fast, bar = fast_products(self.plug.device), _bar(progress, total, f"{method} layers")
-        with self.plug.plugged(), fast, bar:
+        with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
             for rows in batches:
                 clean, corrupted = sweep(
                     self.plug,
                     run_pairs[rows],
                     measure,
-                    chosen,
+                    plan,
                     scores,
                     rows=rows.to(self.plug.device),
-                    taped_from=plan.taped_from,
-                    precision=self.precision,
-                    chunk=plan.chunk,
                     advance=bar.update,
                 )
                 clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
@@ -138,8 +133,8 @@ class Engine:
         self,
         pairs: PromptPairs,
         nodes: Sequence[Node],
-        metric: MetricLike = "logit_diff",
-        direction: Direction = "noising",
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
         progress: bool | None = None,
     ) -> PatchEffects:
         """Exact effect of patching each node alone: I(n) = metric(run with n patched) - metric(run).
@@ -153,8 +148,8 @@ class Engine:
         self,
         pairs: PromptPairs,
         subsets: Sequence[Sequence[Node]],
-        metric: MetricLike = "logit_diff",
-        direction: Direction = "noising",
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
         pair_index: Tensor | None = None,
         progress: bool | None = None,
     ) -> PatchEffects:
@@ -170,9 +165,9 @@ class Engine:
         self,
         pairs: PromptPairs,
         exclude: Sequence[Node] = (),
-        metric: MetricLike = "logit_diff",
-        direction: Direction = "noising",
-        nodes: Sequence[str] = DEFAULT_NODES,
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
+        nodes: Sequence[str] = Question.nodes,
         confidence: Sequence[float] = (0.9, 0.99, 0.999),
         forwards: int = 1000,
         probability: float = 0.03,
@@ -188,7 +183,7 @@ class Engine:
         candidates = [space.node(int(flat)) for flat in moving_ids(space, pairs)]
         known = set(candidates)
         return bound_missed(
-            EnginePatcher(self, pairs, candidates, metric, direction),
+            self.patcher(pairs, candidates, metric, direction),
             exclude=[node for node in exclude if node in known],
             confidence=confidence,
             forwards=forwards,
@@ -197,21 +192,30 @@ class Engine:
             progress=progress,
         )
 
+    def patcher(
+        self,
+        pairs: PromptPairs,
+        nodes: Sequence[Node],
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
+    ) -> NodePatcher:
+        """Candidate nodes on these pairs, whose sets the baselines and the bound patch (see `patching.subsets.Patcher`)."""
+        return NodePatcher(self.patching(pairs, _kinds_of(nodes), metric, direction), nodes)
+
     def patching(
         self,
         pairs: PromptPairs,
         kinds: Sequence[str],
-        metric: MetricLike = "logit_diff",
-        direction: Direction = "noising",
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
     ) -> Patching:
-        """The pairs' two runs, kept for many calls of `Patching.effects` (inside `self.plug.plugged()`)."""
-        directed = _directed(pairs, direction)
+        """The pairs' two runs, kept for many calls of `Patching.effects`."""
+        run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
         kinds = check_kinds(kinds) if kinds else ()  # empty subsets alone have none
         self.plug.space(1, kinds)
         budget = budget_for(self.plug, self._asked_budget)
-        with self.plug.plugged(), fast_products(self.plug.device):
-            return Patching(self.plug, directed, resolve(metric, directed), kinds, budget)
+        return Patching(self.plug, run_pairs, resolve(metric, run_pairs), kinds, budget)
 
     def _patched(
         self,
@@ -244,8 +248,7 @@ class Engine:
         began = time.perf_counter()
         patching = self.patching(pairs, kinds, metric, direction)
         rows = columns * (len(pairs) if pair_index is None else 1)
-        fast, bar = fast_products(self.plug.device), _bar(progress, rows, "patched runs")
-        with self.plug.plugged(), fast, bar:
+        with _bar(progress, rows, "patched runs") as bar:
             effect, measured = patching.effects(distinct, numbers, pair_index, bar.update)
         return PatchEffects(
             effect=effect,
@@ -257,24 +260,22 @@ class Engine:
             nodes=nodes,
             subsets=sets,
             valid=None if bool(measured.all()) else measured,
-            tokens=_directed(pairs, direction).column_tokens(),
+            tokens=directed(pairs, direction).column_tokens(),
             metadata=self._metadata(pairs, time.perf_counter() - began),
         )
 
     # ---- plans and checks
 
-    def _plan(
-        self, pairs: PromptPairs, metric: Metric, graddrop: bool, kinds: Sequence[str]
-    ) -> SweepPlan:
+    def _plan(self, pairs: PromptPairs, metric: Metric, scores: Scores) -> SweepPlan:
         longest = int(pairs.lengths.max())
         shared = min(int(pairs.split.min()), longest - 1) if self.plug.moves else 0
         size = SweepSize(
             positions=longest - shared,
             prefix=shared,
-            cotangents=len(self.plug.layers) + 1 if graddrop else 1,
-            kinds=tuple(kinds),
+            cotangents=len(self.plug.layers) + 1 if scores.method.graddrop else 1,
+            kinds=scores.space.kinds,
             logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
-            narrow=self.precision == "bf16",
+            precision=self.precision,
         )
         budget = budget_for(self.plug, self._asked_budget)
         together = metric.all_pairs_at_once
@@ -321,15 +322,6 @@ class Engine:
             "seconds": f"{seconds:.3f}",
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-
-
-def _directed(pairs: PromptPairs, direction: str) -> PromptPairs:
-    """Pairs whose first prompt is the one that is run and whose second gives the values patched in."""
-    if not isinstance(pairs, PromptPairs):
-        raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
-    if direction not in ("noising", "denoising"):
-        raise ValueError(f"direction must be 'noising' or 'denoising', got {direction!r}")
-    return pairs if direction == "noising" else pairs.swapped()
 
 
 def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:

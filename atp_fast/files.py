@@ -1,10 +1,11 @@
-"""Files that are whole or absent: any file, and tensors with a header of JSON texts (safetensors, no pickle)."""
+"""Files that are whole or absent: text, CSV tables, and tensors with a header of JSON texts (safetensors, no pickle)."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,25 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file (UTF-8). Raises OSError naming the path."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(
+    path: str | os.PathLike[str], header: Iterable[str], rows: Iterable[Iterable[Any]]
+) -> None:
+    """Write a CSV table (UTF-8); None becomes an empty cell. Raises OSError naming the path."""
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def save_tensors(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atp_fast.pairs import PromptPairs
+from atp_fast.prompts.pairs import PromptPairs
 
 MetricFunction = Callable[[Tensor, PromptPairs, Tensor | None], Tensor]
 
@@ -72,6 +72,10 @@ class Metric:
         return values
 
 
+MetricLike = str | Metric | Callable[..., Any]
+"""A metric's name, a Metric, or a callable as `resolve` takes it."""
+
+
 def nll(logits: Tensor, pairs: PromptPairs, source_logits: Tensor | None = None) -> Tensor:
     """-log p(answer): the paper's loss. Grows when the answer becomes less likely."""
     return -_log_probs(logits).gather(1, _answers(pairs.answer_ids, logits)).squeeze(1)
@@ -108,7 +112,7 @@ _NAMED = {
 METRICS = tuple(_NAMED)
 
 
-def resolve(metric: str | Metric | Callable[..., Any], pairs: PromptPairs) -> Metric:
+def resolve(metric: MetricLike, pairs: PromptPairs) -> Metric:
     """The Metric of a name, a Metric, or a callable, checked against the pairs.
 
     A callable is called, by the number of its required positional arguments, as

@@ -9,6 +9,8 @@ from typing import NamedTuple
 KINDS = ("q", "k", "v", "z", "neuron", "attn_out", "mlp_out", "resid_pre")
 ATTENTION_KINDS = ("q", "k", "v", "z")
 COARSE_KINDS = ("attn_out", "mlp_out", "resid_pre")
+NODE_KINDS = (*ATTENTION_KINDS, "neuron")
+"""The kinds that are scored unless others are asked for."""
 
 
 class Node(NamedTuple):

@@ -39,10 +39,10 @@ from random_models import LLAMA_1B, NEOX_160M
 from rows import RESULTS, RowFile
 from transformers import PreTrainedModel
 
+from atp_fast.attribution.literal import literal_attribution
+from atp_fast.attribution.question import METHODS
 from atp_fast.engine import Engine
-from atp_fast.literal import literal_attribution
 from atp_fast.models import DEMO_MODEL
-from atp_fast.sweep import METHODS
 
 TIMED_METHODS = ("atp", "atp+qk", "atp*")
 GPU = DEVICE == "cuda"

@@ -32,8 +32,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from atp_fast.engine import Engine
 from atp_fast.models import DEMO_MODEL, load_model
 from atp_fast.nodes import ATTENTION_KINDS, Node
-from atp_fast.pairs import PromptPairs
-from atp_fast.tasks import load_task
+from atp_fast.prompts.pairs import PromptPairs
+from atp_fast.prompts.tasks import load_task
 
 AGREEMENT = 1e-4
 """Largest difference of float32 effects, by the largest effect."""

@@ -37,9 +37,9 @@ from measure import (
 from random_models import NEOX_160M, NEOX_SMALL
 from rows import RESULTS, RowFile
 
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.distributed import attribute_sharded
 from atp_fast.engine import Engine
-from atp_fast.literal import literal_attribution
 
 built = functools.lru_cache(maxsize=1)(build)
 LITERAL_UP_TO = 1024

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from atp_fast.models import DEMO_MODEL, load_model
-from atp_fast.pairs import PromptPairs
+from atp_fast.prompts.pairs import PromptPairs
 
 
 def build(name: str, device: str = "cpu") -> PreTrainedModel:

@@ -195,7 +195,7 @@ def product_paths(
     takes it, and "bfloat16".
     """
     # workers of other libraries, which import this module, have no atp_fast
-    from atp_fast.products import linear, own_products_are_faster
+    from atp_fast.ops.linear import linear, own_products_are_faster
 
     a, b = (torch.randn(shape, device=DEVICE) for shape in ((rows, inner), (columns, inner)))
     narrow_a, narrow_b = a.bfloat16(), b.bfloat16()

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from rows import RESULTS, ROOT, provenance
 
 from atp_fast.engine import Engine
-from atp_fast.evaluation import Plan, Study, run_study, write_study
-from atp_fast.evaluation.engine_cases import engine_cases
 from atp_fast.models import DEMO_MODEL, load_model
-from atp_fast.tasks import load_task
+from atp_fast.prompts.tasks import load_task
+from atp_fast.study import Plan, Study, run_study, write_study
+from atp_fast.study.cases import engine_cases
 
 KEPT = ("results.csv", "settings.csv", "curves.csv", "bounds.csv", "summary.md", "curves.png")
 

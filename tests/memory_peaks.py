@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import atp_fast.engine
-import atp_fast.patching
+import atp_fast.patching.sessions
 from atp_fast import Engine, PromptPairs
-from atp_fast.memory import estimate_sweep, patched_rows, plan_sweep
+from atp_fast.attribution.memory import estimate_sweep, patched_rows, plan_sweep
 from atp_fast.nodes import ATTENTION_KINDS, KINDS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -95,7 +95,7 @@ def patch_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
         rows.append(patched_rows(*arguments))
         return rows[-1]
 
-    atp_fast.patching.patched_rows = spied
+    atp_fast.patching.sessions.patched_rows = spied
     metric = every_position if case.get("every_position") else "nll"
     before = reset_peak()
     engine.patch(pairs, nodes, metric, progress=False)

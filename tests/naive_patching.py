@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_fast.metrics import Metric
 from atp_fast.nodes import COARSE_KINDS, Node
-from atp_fast.pairs import PromptPairs
+from atp_fast.prompts.pairs import PromptPairs
 
 _LLAMA = ("self_attn", "mlp", "mlp.down_proj")
 _NORMED = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj")

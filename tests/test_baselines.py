@@ -2,27 +2,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from atp_fast.baselines import (
+from atp_fast.nodes import Node
+from atp_fast.patching import NodePatcher, SubsetStatistics, sample_subsets
+from atp_fast.study import (
     Blocks,
-    EnginePatcher,
     Given,
     Hierarchical,
     Iterative,
     Subsampling,
-    SubsetStatistics,
     Verified,
     Visit,
     paper_settings,
-    sample_subsets,
     walk,
 )
-from atp_fast.nodes import Node
 from toy_patchers import ToyPatcher, needle
 
 RANKINGS = [
@@ -270,44 +267,31 @@ def test_paper_settings_fit_the_number_of_nodes():
     assert [b.size for b in paper_settings(10)["blocks"]] == [2, 6]
 
 
-class FakeEngine:
-    """Records what it is asked; an effect is 10 * pair + the sum of the nodes' indices."""
+class FakePatching:
+    """What NodePatcher asks of the pairs' runs."""
+
+    pairs = (0, 0)
 
     def __init__(self):
         self.asked = []
-        self.plugs = 0
-        self.plug = self
-        self.device = torch.device("cpu")
-
-    @contextmanager
-    def plugged(self):
-        self.plugs += 1
-        yield
-        self.plugs -= 1
-
-    def patching(self, pairs, kinds, metric, direction):
-        self.asked.append((kinds, metric, direction))
-        self.pairs = len(pairs)
-        return self
 
     def effects(self, nodes, subsets, pair_index):
-        assert self.plugs == 1
         self.asked.append(nodes)
         sums = torch.tensor([float(sum(nodes[i].index for i in subset)) for subset in subsets])
-        effect = 10.0 * torch.arange(self.pairs)[:, None] * (sums != 0) + sums
+        effect = 10.0 * torch.arange(len(self.pairs))[:, None] * (sums != 0) + sums
         return effect, None
 
 
-def test_engine_patcher_maps_ids_and_keeps_shapes():
+def test_node_patcher_maps_ids_and_keeps_shapes():
     nodes = [Node("q", 0, 0, 3), Node("q", 0, 0, 1), Node("k", 0, 0, 4)]
-    engine = FakeEngine()
-    patcher = EnginePatcher(engine, [0, 0], nodes, "nll", "denoising")
+    patching = FakePatching()
+    patcher = NodePatcher(patching, nodes)
     assert patcher.effects([[2, 0], [], np.array([2])]).tolist() == [[7, 17], [0, 0], [4, 14]]
     assert patcher.cost == 6
     assert patcher.effects([[1], [], [0]], [1, 0, 0]).tolist() == [11, 0, 3]
     assert patcher.cost == 9
-    # The runs are made once; later calls name only the nodes that they patch.
-    assert engine.asked == [(("q", "k"), "nll", "denoising"), [nodes[0], nodes[2]], nodes[:2]]
+    # A call names only the nodes that it patches.
+    assert patching.asked == [[nodes[0], nodes[2]], nodes[:2]]
 
 
 class Broken:

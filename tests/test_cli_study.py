@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from atp_fast import Attribution, Engine, Node, PatchEffects, load_model
-from atp_fast.baselines import EnginePatcher, moving_ids
 from atp_fast.cli import app
-from atp_fast.evaluation import Plan, run_study
-from atp_fast.evaluation.agreement import agreement
-from atp_fast.evaluation.engine_cases import EngineCase, estimate_forwards
+from atp_fast.patching import moving_ids
+from atp_fast.prompts.tasks import load_task
 from atp_fast.results import ScoredNode
-from atp_fast.tasks import load_task
+from atp_fast.results.agreement import agreement
+from atp_fast.study import Plan, run_study
+from atp_fast.study.cases import EngineCase, estimate_forwards
 
 LLAMA = str(Path(__file__).parent / "data" / "tiny_llama_2L")
 
@@ -57,7 +57,7 @@ def test_engine_patcher_measures_what_patching_does(tiny):
     engine, _, pairs = tiny
     space = engine.plug.space(pairs.clean_ids.shape[1], ("q", "v", "neuron"))
     nodes = [space.node(int(i)) for i in moving_ids(space, pairs)[::97]]
-    patcher = EnginePatcher(engine, pairs, nodes, "logit_diff")
+    patcher = engine.patcher(pairs, nodes, "logit_diff")
     subsets = [[0], [3, 1], [], list(range(len(nodes)))]
     chosen = [[nodes[i] for i in subset] for subset in subsets]
     exact = engine.patch_subsets(pairs, chosen, metric="logit_diff").effect.numpy().T

@@ -7,7 +7,7 @@ import torch
 
 import zoo
 from atp_fast import Engine
-from atp_fast.literal import literal_attribution
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.metrics import resolve
 from atp_fast.nodes import KINDS, Node
 from naive_patching import naive_effects

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atp_fast.diagnostics import ASSUMPTIONS, bound_missed
 from atp_fast.nodes import Node
+from atp_fast.patching.diagnostics import ASSUMPTIONS, bound_missed
 from toy_patchers import ToyPatcher
 
 

@@ -7,20 +7,26 @@ import shutil
 import numpy as np
 import pytest
 
-from atp_fast.baselines import Blocks, Given, Hierarchical, Iterative, Subsampling, Visit, walk
-from atp_fast.evaluation import (
+from atp_fast.study import (
+    Blocks,
     Estimate,
+    Given,
+    Hierarchical,
+    Iterative,
     Plan,
     Store,
+    Subsampling,
+    Visit,
     find_top,
     irwrgm,
     oracle_cost,
     recall_cost,
     run_study,
     true_order,
+    walk,
     write_study,
 )
-from atp_fast.evaluation.memo import Memo
+from atp_fast.study.memo import Memo
 from toy_patchers import ToyPatcher
 
 TRUTH = np.array([[0.0, -4.0, 1.0, 2.0, 0.5, -0.25], [0.0, 4.0, 1.0, -2.0, 0.5, 0.25]])

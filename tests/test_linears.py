@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import op_cases
 import zoo
-from atp_fast import _C, products
+from atp_fast import _C
+from atp_fast.attribution import precision
 from atp_fast.engine import Engine
+from atp_fast.hf import linears
 from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.nodes import Node
 from atp_fast.ops import cpp
@@ -35,7 +37,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         rows.append(x.shape[:-1].numel())
         return product(x, weight, bias)
 
-    monkeypatch.setattr(products, "own_products_are_faster", lambda: True)
+    monkeypatch.setattr(linears, "own_products_are_faster", lambda: True)
     monkeypatch.setattr(cpp, "linear", noted)
     yield rows
 
@@ -249,7 +251,7 @@ def test_engine_finds_the_same(everywhere: list[int], family: str) -> None:
     own = scores()
     assert len(everywhere) > 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "own_products_are_faster", lambda: False)
+        patch.setattr(linears, "own_products_are_faster", lambda: False)
         count = len(everywhere)
         torchs = scores()
         assert len(everywhere) == count
@@ -263,13 +265,13 @@ def test_narrow_cotangents(
     everywhere: list[int], units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounded once each, forward values untouched."""
-    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device_type: units)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda device_type: units)
     model = small_model()
     x, cotangents = torch.randn(3, 24), torch.randn(4, 3, 8)
     with own_linears(find_linears(model), CPU, "auto"):
         wide = gradients(model, x, cotangents)
         count = len(everywhere)
-        with products.NarrowCotangents():
+        with precision.NarrowCotangents():
             y = model(x.requires_grad_())
         assert len(everywhere) == count + 3
         found = torch.stack(

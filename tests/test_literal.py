@@ -14,9 +14,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zoo
-from atp_fast.literal import METHODS, literal_attribution
+from atp_fast.attribution.literal import METHODS, literal_attribution
 from atp_fast.nodes import KINDS
-from atp_fast.pairs import PromptPairs
+from atp_fast.prompts.pairs import PromptPairs
 
 
 def kinds_of(family: str) -> list[str]:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import atp_fast.sweep
+import atp_fast.attribution.sweep
 import zoo
 from atp_fast import Engine, ops
-from atp_fast.memory import (
+from atp_fast.attribution.memory import (
     _ROWS_ENOUGH,
     _TAPED_ROWS_ENOUGH,
     Budget,
@@ -79,7 +79,7 @@ def test_what_is_no_budget_is_named(given: Any, error: type[Exception], message:
 
 def test_auto_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     plug = Engine(zoo.build("gpt2")).plug
-    monkeypatch.setattr("atp_fast.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("atp_fast.attribution.memory.free_memory", lambda device: 1000)
     assert budget_for(plug, None) == Budget(500, auto=True)
     assert budget_for(plug, 300) == Budget(300, auto=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -94,10 +94,15 @@ def test_free_memory_is_of_this_machine() -> None:
 
 SIZES = [
     SweepSize(
-        positions, prefix, cotangents=4 if graddrop else 1, kinds=kinds, logits=1, narrow=narrow
+        positions,
+        prefix,
+        cotangents=4 if graddrop else 1,
+        kinds=kinds,
+        logits=1,
+        precision=precision,
     )
-    for positions, prefix, graddrop, kinds, narrow in product(
-        (1, 37, 700), (0, 90), (True, False), (DEFAULT, ("k",)), (True, False)
+    for positions, prefix, graddrop, kinds, precision in product(
+        (1, 37, 700), (0, 90), (True, False), (DEFAULT, ("k",)), ("bf16", None)
     )
 ]
 
@@ -126,7 +131,7 @@ def test_plans_keep_to_the_budget_and_grow_with_it(together: bool, auto: bool) -
             if budget.bytes >= least:
                 assert estimate_sweep(plug, plan, size) <= budget.bytes
             else:
-                assert plan == SweepPlan(batch, 1, layers)
+                assert plan == SweepPlan(batch, 1, layers, size.precision)
             assert ranks(plan) >= before
             before = ranks(plan)
         # with room for everything, all that is of use is done at once
@@ -158,7 +163,7 @@ def test_estimates_grow_with_the_work() -> None:
         {"cotangents": 5},
         {"kinds": ("q", "k", "neuron")},
         {"logits": 10**6},
-        {"narrow": True},
+        {"precision": "bf16"},
     ):
         more = estimate_sweep(plug, plan, base._replace(**change))
         assert more > least or ("cotangents" in change and more == least)
@@ -277,7 +282,7 @@ class Failing:
         self.most, self.times = most, times
         self.taken: list[int] = []
         self.own = ops.attention_vjp_effects
-        monkeypatch.setattr(atp_fast.sweep.ops, "attention_vjp_effects", self)
+        monkeypatch.setattr(atp_fast.attribution.sweep.ops, "attention_vjp_effects", self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         self.taken.append(len(options["grad_z"]))

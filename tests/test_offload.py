@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_fast.products import _multiplies_bfloat16
+from atp_fast.attribution.precision import _multiplies_bfloat16
 from atp_fast.results import Attribution
 
 pytest.importorskip("accelerate")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import atp_fast.patching
+import atp_fast.patching.sessions
 import zoo
 from atp_fast import Engine, PromptPairs
-from atp_fast.memory import Budget
+from atp_fast.attribution.memory import Budget
 from atp_fast.metrics import METRICS, resolve
 from atp_fast.nodes import KINDS, Node
-from atp_fast.patching import Patching, PatchSession
+from atp_fast.patching.sessions import Patching, PatchSession
 from atp_fast.results import PatchEffects
 from naive_patching import naive_effects
 
@@ -237,7 +237,7 @@ def rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[list[in
         return rows
 
     with monkeypatch.context() as patch:
-        patch.setattr(atp_fast.patching, "patched_rows", few)
+        patch.setattr(atp_fast.patching.sessions, "patched_rows", few)
         yield planned
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import atp_fast.products
 import zoo
 from atp_fast import Attribution, Engine, PromptPairs, tasks
-from atp_fast.nodes import KINDS, Node
-from atp_fast.products import NarrowCotangents, fast_products
-from atp_fast.sweep import METHODS
+from atp_fast.attribution.precision import NarrowCotangents
+from atp_fast.attribution.question import METHODS
+from atp_fast.nodes import KINDS
 
 TRAINED = ["tiny_gpt2_3L", "tiny_llama_2L"]
 # What the Engine's docstring states; measured: 0.019, and 0.012 for trained weights in bfloat16.
@@ -251,64 +249,3 @@ def test_many_cotangents_at_once_are_the_same_as_one_by_one() -> None:
 
     together = torch.func.vmap(grad)(grads)
     assert torch.equal(together, torch.stack([grad(g) for g in grads]))
-
-
-# ---- float32 products by the faster library
-
-
-@pytest.fixture
-def switchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The library's settings, on a machine where the switch is worth it."""
-    if not hasattr(torch.backends.mkldnn, "matmul"):
-        pytest.skip("this torch has no such switch")
-    monkeypatch.setattr(atp_fast.products, "_onednn_float32_is_faster", lambda: True)
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    yield settings
-    settings.fp32_precision = before
-
-
-def test_fast_products_are_restored(switchable: Any) -> None:
-    cpu = torch.device("cpu")
-    with fast_products(cpu):
-        assert switchable.fp32_precision == "bf16"
-    assert switchable.fp32_precision == "ieee"
-    with pytest.raises(ZeroDivisionError), fast_products(cpu):
-        raise ZeroDivisionError
-    assert switchable.fp32_precision == "ieee"
-    with fast_products(torch.device("cuda")):
-        assert switchable.fp32_precision == "ieee"
-
-
-def test_an_error_in_the_engine_restores_them_too(switchable: Any) -> None:
-    model = zoo.build("gpt2", dtype=torch.float32)
-    pairs = zoo.random_pairs(model, 2, 6)
-    engine = Engine(model)
-    seen = []
-
-    def metric(logits: Tensor, pairs: PromptPairs) -> Tensor:
-        seen.append(switchable.fp32_precision)
-        raise ZeroDivisionError
-
-    for call in (
-        lambda: engine.attribute(pairs, metric, progress=False),
-        lambda: engine.patch(pairs, [Node("z", 0, 1, 0)], metric, progress=False),
-    ):
-        with pytest.raises(ZeroDivisionError):
-            call()
-        assert switchable.fp32_precision == "ieee"
-    assert seen == ["bf16", "bf16"]
-
-
-def test_the_faster_library_is_taken_only_if_it_is_float32() -> None:
-    if atp_fast.products._onednn_float32_is_faster():
-        a, b = tensors((64, 256), (256, 32))
-        with fast_products(torch.device("cpu")):
-            product = a @ b
-        exact = a.double() @ b.double()
-        assert float((product - exact).abs().max() / exact.abs().max()) < 1e-6
-    else:
-        before = torch.get_float32_matmul_precision()
-        with fast_products(torch.device("cpu")):
-            assert torch.get_float32_matmul_precision() == before

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from atp_fast import Attribution, tasks
+from atp_fast.attribution.question import METHODS
 from atp_fast.metrics import METRICS
 from atp_fast.nodes import KINDS
-from atp_fast.sweep import METHODS
 from zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import atp_fast.engine
 import zoo
 from atp_fast import Engine, PromptPairs
-from atp_fast.literal import METHODS, literal_attribution
+from atp_fast.attribution.literal import METHODS, literal_attribution
 from atp_fast.nodes import KINDS
 
 DENSE = ["gpt2", "gemma2", "phi"]
@@ -104,9 +104,9 @@ def test_chunks_of_cotangents_change_nothing(
     whole = atp_fast.engine.sweep
     sizes = []
 
-    def chunked(*args: Any, **options: Any) -> Any:
+    def chunked(plug: Any, pairs: Any, metric: Any, plan: Any, *args: Any, **options: Any) -> Any:
         sizes.append(chunk)
-        return whole(*args, **{**options, "chunk": chunk})
+        return whole(plug, pairs, metric, plan._replace(chunk=chunk), *args, **options)
 
     monkeypatch.setattr(atp_fast.engine, "sweep", chunked)
     assert_equals_literal(model, pairs, 1e-9, nodes=kinds_of(family))

@@ -10,7 +10,7 @@ import pytest
 
 from atp_fast import tasks
 from atp_fast.models import cache_folder
-from atp_fast.tasks import TASKS, load_task
+from atp_fast.prompts.tasks import TASKS, load_task
 from tokenizers_for_tests import bpe, word_level
 
 NAMES = ("Michael", "Jessica", "Ashley", "Joshua", "David", "Sarah")

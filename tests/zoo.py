@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from atp_fast.pairs import PromptPairs
+from atp_fast.prompts.pairs import PromptPairs
 
 VOCAB = 48
 WINDOW = 4

@@ -1,4 +1,7 @@
-"""The command line, atp-fast: one module per verb, each registered here."""
+"""In: a command line. Out: what its verb prints and writes; one module per verb, each registered here.
+
+May import: everything.
+"""
 
 from __future__ import annotations
 

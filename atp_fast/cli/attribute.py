@@ -12,9 +12,9 @@ from atp_fast.cli.folder import writable_folder, write_run
 from atp_fast.cli.show import print_top, print_written
 
 if TYPE_CHECKING:
-    from atp_fast.encoding import Tokenizer
     from atp_fast.engine import Engine
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.prompts.encoding import Tokenizer
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution
 
 PROMPTS = "Prompts (one of --task, --pairs, --clean)"
@@ -178,7 +178,7 @@ def _attribute(
 ) -> Attribution:
     """In shards, kept in the folder until the run is done, for several processes or more pairs than one shard's."""
     from atp_fast.distributed import ShardError, attribute_sharded, launched
-    from atp_fast.engine import Direction
+    from atp_fast.prompts.directions import Direction
 
     way = cast(Direction, direction)
     if not launched() and len(pairs) <= shard_size:
@@ -219,8 +219,8 @@ def _read_pairs(
     n_pairs: int | None,
     seed: int,
 ) -> PromptPairs:
-    from atp_fast.pairs import PromptPairs
-    from atp_fast.tasks import load_task
+    from atp_fast.prompts.pairs import PromptPairs
+    from atp_fast.prompts.tasks import load_task
 
     if task:
         return load_task(task, tokenizer, n_pairs=n_pairs, seed=seed)

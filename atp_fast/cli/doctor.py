@@ -20,7 +20,7 @@ def doctor(
     For a model that is refused the reason is printed, and the exit code is 1.
     Paste the output into a bug report.
     """
-    from atp_fast.build import build_info
+    from atp_fast.ops.build import build_info
 
     _print_table(build_info())
     if model is not None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atp_fast.files import written_whole
+from atp_fast.files import write_csv
 
 if TYPE_CHECKING:
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution
 
 RUN = "run.safetensors"
@@ -38,14 +37,9 @@ def write_run(folder: Path, found: Attribution, pairs: PromptPairs, table_rows: 
     """Writes the run, its pairs, a table of its best nodes and, where plotly is installed, the page of heat maps."""
     found.save(folder / RUN)
     pairs.to_jsonl(folder / PAIRS)
-    with (
-        written_whole(folder / TABLE) as path,
-        path.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        best = found.top(min(table_rows, len(found)))
-        writer.writerows([getattr(node, name) for name in COLUMNS] for node in best)
+    best = found.top(min(table_rows, len(found)))
+    rows = ([getattr(node, name) for name in COLUMNS] for node in best)
+    write_csv(folder / TABLE, COLUMNS, rows)
     written = [folder / RUN, folder / PAIRS, folder / TABLE]
     if importlib.util.find_spec("plotly"):
         found.report(folder / REPORT)

@@ -9,8 +9,9 @@ from atp_fast.cli.commands import note
 from atp_fast.cli.folder import PAIRS, RUN
 
 if TYPE_CHECKING:
-    from atp_fast.engine import Direction, Engine
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.engine import Engine
+    from atp_fast.prompts.directions import Direction
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution
 
 
@@ -29,7 +30,7 @@ def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> O
     """
     from atp_fast.engine import Engine
     from atp_fast.models import load_model
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution
 
     for name in (RUN, PAIRS):

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from atp_fast.pairs import PromptPairs
+    from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution, ScoredNode
 
 _PIPE_WIDTH = 120

@@ -62,11 +62,12 @@ def study(
     curves.html and curves.png. Finished pieces are kept: a run that was
     stopped goes on where it was.
     """
-    from atp_fast.engine import Direction, Engine
-    from atp_fast.evaluation import Plan, run_study, write_study
-    from atp_fast.evaluation.engine_cases import engine_cases
+    from atp_fast.engine import Engine
     from atp_fast.models import load_model
-    from atp_fast.tasks import load_task
+    from atp_fast.prompts.directions import Direction
+    from atp_fast.prompts.tasks import load_task
+    from atp_fast.study import Plan, run_study, write_study
+    from atp_fast.study.cases import engine_cases
 
     plan = Plan(
         seeds=seeds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -14,10 +13,10 @@ from rich.table import Table
 
 from atp_fast.cli.opened import open_run
 from atp_fast.cli.show import console, print_written
-from atp_fast.files import written_whole
+from atp_fast.files import write_csv, write_text, written_whole
 
 if TYPE_CHECKING:
-    from atp_fast.evaluation.agreement import Agreement, Verified
+    from atp_fast.results.agreement import Agreement, Verified
 
 EXACT = "verified.safetensors"
 TABLE = "verified.csv"
@@ -43,7 +42,7 @@ def verify(
     Each node costs one forward pass per pair. What was not verified is
     not judged: `atp-fast diagnose` bounds what may have been missed.
     """
-    from atp_fast.evaluation.agreement import agreement
+    from atp_fast.results.agreement import agreement
 
     opened = open_run(run, model, backend)
     kinds = None if nodes is None else [kind.strip() for kind in nodes.split(",")]
@@ -55,8 +54,7 @@ def verify(
     _print(found, worst)
     exact.save(run / EXACT)
     _write_table(run / TABLE, found)
-    with written_whole(run / NUMBERS) as path:
-        path.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(run / NUMBERS, json.dumps(found.to_dict(), indent=2) + "\n")
     written = [run / EXACT, run / TABLE, run / NUMBERS]
     if importlib.util.find_spec("plotly"):
         with written_whole(run / SCATTER) as path:
@@ -99,12 +97,8 @@ def _place(row: Verified) -> list[object]:
 def _write_table(path: Path, found: Agreement) -> None:
     """Best estimate first: the node, both estimates, both exact values."""
     header = (*COLUMNS, "contribution", "effect", "exact_contribution", "exact_effect")
-    with (
-        written_whole(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in found.rows:
-            estimates = (row.node.contribution, row.node.effect)
-            writer.writerow([*_place(row), *estimates, row.contribution, row.effect])
+    rows = (
+        [*_place(row), row.node.contribution, row.node.effect, row.contribution, row.effect]
+        for row in found.rows
+    )
+    write_csv(path, header, rows)

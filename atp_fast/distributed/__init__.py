@@ -1,4 +1,7 @@
-"""Many pairs over many processes: in shards that survive a kill, under torchrun or on Ray (docs/scaling.md)."""
+"""In: an engine and many pairs. Out: one Attribution, from shards that survive a kill (docs/scaling.md).
+
+May import: engine and what stands before it.
+"""
 
 from __future__ import annotations
 

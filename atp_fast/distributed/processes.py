@@ -21,10 +21,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from atp_fast.attribution.question import Question
 from atp_fast.distributed.shards import (
     RESULT,
     SHARD_SIZE,
-    Question,
     ShardError,
     Shards,
     compute,
@@ -32,8 +32,10 @@ from atp_fast.distributed.shards import (
     differences,
     named,
 )
-from atp_fast.engine import DEFAULT_NODES, Direction, Engine, MetricLike
-from atp_fast.pairs import PromptPairs
+from atp_fast.engine import Engine
+from atp_fast.metrics import MetricLike
+from atp_fast.prompts.directions import Direction
+from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution
 
 _PAUSE = 0.05
@@ -45,11 +47,11 @@ def attribute_sharded(
     pairs: PromptPairs,
     folder: str | os.PathLike[str],
     *,
-    metric: MetricLike = "logit_diff",
-    method: str = "atp*",
-    nodes: Sequence[str] = DEFAULT_NODES,
-    direction: Direction = "noising",
-    per_pair: bool = False,
+    metric: MetricLike = Question.metric,
+    method: str = Question.method,
+    nodes: Sequence[str] = Question.nodes,
+    direction: Direction = Question.direction,
+    per_pair: bool = Question.per_pair,
     shard_size: int = SHARD_SIZE,
     progress: bool | None = None,
     timeout: float = 3600.0,

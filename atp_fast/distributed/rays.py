@@ -11,18 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
+from atp_fast.attribution.question import Question
 from atp_fast.distributed.processes import progress_bar
 from atp_fast.distributed.shards import (
     SHARD_SIZE,
-    Question,
     ShardError,
     Shards,
     compute,
     describe_engine,
     named,
 )
-from atp_fast.engine import DEFAULT_NODES, Direction, Engine, MetricLike
-from atp_fast.pairs import PromptPairs
+from atp_fast.engine import Engine
+from atp_fast.metrics import MetricLike
+from atp_fast.prompts.directions import Direction
+from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution
 
 _engines: dict[str, Engine] = {}
@@ -33,11 +35,11 @@ def ray_sweep(
     pairs: PromptPairs,
     folder: str | os.PathLike[str],
     *,
-    metric: MetricLike = "logit_diff",
-    method: str = "atp*",
-    nodes: Sequence[str] = DEFAULT_NODES,
-    direction: Direction = "noising",
-    per_pair: bool = False,
+    metric: MetricLike = Question.metric,
+    method: str = Question.method,
+    nodes: Sequence[str] = Question.nodes,
+    direction: Direction = Question.direction,
+    per_pair: bool = Question.per_pair,
     shard_size: int = SHARD_SIZE,
     progress: bool | None = None,
     cpus: float = 1,

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atp_fast._version import __version__
-from atp_fast.engine import DEFAULT_NODES, Direction, Engine, MetricLike
+from atp_fast.attribution.question import Question, check_method
+from atp_fast.engine import Engine
 from atp_fast.files import written_whole
 from atp_fast.metrics import resolve
 from atp_fast.nodes import check_kinds
-from atp_fast.pairs import PromptPairs
-from atp_fast.results import Attribution, sign_text
-from atp_fast.sweep import check_method
+from atp_fast.prompts.directions import sign_text
+from atp_fast.prompts.pairs import PromptPairs
+from atp_fast.results import Attribution
 
 SHARD_SIZE = 16
 MANIFEST = "manifest.json"
@@ -37,48 +37,25 @@ class ShardError(RuntimeError):
     """A shard could not be computed; the message names the process and the pairs."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked of each pair: the options of Engine.attribute."""
-
-    metric: MetricLike = "logit_diff"
-    method: str = "atp*"
-    nodes: Sequence[str] = DEFAULT_NODES
-    direction: Direction = "noising"
-    per_pair: bool = False
-
-    def ask(self, engine: Engine, pairs: PromptPairs) -> Attribution:
-        found = engine.attribute(
-            pairs,
-            metric=self.metric,
-            method=self.method,
-            nodes=self.nodes,
-            direction=self.direction,
-            per_pair=self.per_pair,
-            progress=False,
+def describe_question(question: Question, pairs: PromptPairs) -> dict[str, Any]:
+    """The options as JSON values. Raises what Engine.attribute would, and ValueError for a metric that must see all
+    pairs at once.
+    """
+    check_method(question.method)
+    sign_text(question.direction)
+    metric = resolve(question.metric, pairs)
+    if metric.all_pairs_at_once:
+        raise ValueError(
+            f"metric {metric.name!r} must take (logits, pairs), to be used on one shard after another, "
+            "got one that sees the logits of all pairs at once"
         )
-        found.metadata["threads"] = str(torch.get_num_threads())
-        return found
-
-    def describe(self, pairs: PromptPairs) -> dict[str, Any]:
-        """The options as JSON values. Raises what Engine.attribute would, and ValueError for a metric that must see
-        all pairs at once.
-        """
-        check_method(self.method)
-        sign_text(self.direction)
-        metric = resolve(self.metric, pairs)
-        if metric.all_pairs_at_once:
-            raise ValueError(
-                f"metric {metric.name!r} must take (logits, pairs), to be used on one shard after another, "
-                "got one that sees the logits of all pairs at once"
-            )
-        return {
-            "metric": metric.name,
-            "method": self.method,
-            "nodes": list(check_kinds(self.nodes)),
-            "direction": self.direction,
-            "per_pair": self.per_pair,
-        }
+    return {
+        "metric": metric.name,
+        "method": question.method,
+        "nodes": list(check_kinds(question.nodes)),
+        "direction": question.direction,
+        "per_pair": question.per_pair,
+    }
 
 
 def describe_engine(engine: Engine, pairs: PromptPairs) -> dict[str, Any]:
@@ -123,7 +100,7 @@ class Shards:
         self.manifest = {
             "atp_fast": __version__,
             **engine,
-            **question.describe(pairs),
+            **describe_question(question, pairs),
             "pairs": len(pairs),
             "positions": pairs.clean_ids.shape[1],
             "pairs_digest": pairs.digest(),
@@ -275,10 +252,16 @@ def compute(
 ) -> Attribution:
     """The Attribution of the pairs `rows`. Raises ShardError naming `who` and the pair that fails, counted from 0."""
     try:
-        return question.ask(engine, pairs[rows])
+        return _ask(engine, pairs[rows], question)
     except Exception as error:
         failed, reason = _blame(engine, pairs, rows, question) or (named(rows), error)
         raise ShardError(f"{who} failed on {failed}: {type(reason).__name__}: {reason}") from error
+
+
+def _ask(engine: Engine, pairs: PromptPairs, question: Question) -> Attribution:
+    found = engine.attribute(pairs, **vars(question), progress=False)
+    found.metadata["threads"] = str(torch.get_num_threads())
+    return found
 
 
 def _blame(
@@ -287,7 +270,7 @@ def _blame(
     """The first pair that fails even alone, and how."""
     for row in rows.tolist():
         try:
-            question.ask(engine, pairs[row])
+            _ask(engine, pairs[row], question)
         except Exception as error:
             return f"{named([row])}, run alone", error
     return None

@@ -1,4 +1,7 @@
-"""The only package that knows transformers: where a model's layers, heads and neurons are, and how to run them."""
+"""In: a transformers model. Out: a Plug, which runs it piece by piece; the only room that knows transformers.
+
+May import: ops and what stands before it.
+"""
 
 from atp_fast.hf.attention import AttentionOptions, LayerRun, Prefix, Visit
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from atp_fast import products
 from atp_fast.hf.switching import Function, switched
 from atp_fast.ops import backends
+from atp_fast.ops.linear import linear, own_products_are_faster
 
 
 def find_linears(model: nn.Module) -> list[nn.Module]:
@@ -29,7 +29,7 @@ def own_linears(
     The model's own code is back at the end.
     """
     chosen = backends.backend_for(torch.empty(0, device=device), backend)
-    if chosen != "cpp" or not products.own_products_are_faster():
+    if chosen != "cpp" or not own_products_are_faster():
         return nullcontext()
     own = []
     for module in modules:
@@ -47,4 +47,4 @@ def _forward(module: Any, own: Function, x: Tensor) -> Tensor:
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or not float32 or not on_cpu or 1 not in weight.stride():
         return own(x)
-    return products.linear(x, weight.t() if isinstance(module, nn.Linear) else weight, bias)
+    return linear(x, weight.t() if isinstance(module, nn.Linear) else weight, bias)

@@ -1,4 +1,6 @@
-"""The kernel API: one function per op, each checked here and carried out by one backend.
+"""In: tensors. Out: tensors. The kernel API: one function per op, each checked here and carried out by one backend.
+
+May import: the compiled kernels, nothing else of atp_fast.
 
 Tensors are (batch, heads, positions, head_dim); gradients carry a leading cotangent axis C. The queries are
 the last of the keys' positions (query i stands at i + keys - queries), so a shared prefix needs no queries.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from common import Case, Scores
 
 from atp_fast import __version__
-from atp_fast.engine import DEFAULT_NODES, Engine
-from atp_fast.nodes import Node
-from atp_fast.pairs import PromptPairs
+from atp_fast.engine import Engine
+from atp_fast.nodes import NODE_KINDS, Node
+from atp_fast.prompts.pairs import PromptPairs
 
 
 def version() -> str:
@@ -62,7 +62,7 @@ def patch_heads(case: Case) -> Callable[[], Scores]:
 
 WAYS = {
     "atp": attribution("atp", ("q", "k", "v", "z")),
-    "atp*, neurons too": attribution("atp*", DEFAULT_NODES),
-    "atp*, neurons too, products bf16": attribution("atp*", DEFAULT_NODES, "bf16"),
+    "atp*, neurons too": attribution("atp*", NODE_KINDS),
+    "atp*, neurons too, products bf16": attribution("atp*", NODE_KINDS, "bf16"),
     "patch heads": patch_heads,
 }

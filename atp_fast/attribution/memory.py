@@ -1,0 +1,239 @@
+"""Memory as a budget: how many pairs, cotangents and patched rows are taken at once, and which layers leave tapes.
+
+The estimates count the tensors that are alive at the peak of one layer's work, per position; tests/test_memory.py
+compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from atp_fast.hf import Plug
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+# Rows of matrix products (pairs or patched rows, times positions, times cotangents) beyond which a larger batch gains
+# nothing more.
+_ROWS_ENOUGH = {"cpu": 2048, "cuda": 65536}
+# The same for rows that leave tapes (pairs times positions): plain AtP of eight pairs of 256 tokens took 11 s two or four
+# pairs at a time and 15 s all at once, when tapes and activations no longer stay in the caches of a CPU.
+_TAPED_ROWS_ENOUGH = {"cpu": 512, "cuda": 65536}
+# Under "auto" tapes take this share of the budget; an explicit one is used up. A tape saves two forwards of its layer: two
+# fifths of plain AtP's work, a fifth of AtP*'s on twelve layers.
+_AUTO_TAPE_SHARE = 1 / 16
+
+
+class SweepPlan(NamedTuple):
+    """How a sweep is done: pairs run together, cotangents taken at once, the first layer that leaves a tape, and the
+    type of the cotangents' products ("bf16", or None for the model's)."""
+
+    pairs: int
+    chunk: int
+    taped_from: int
+    precision: str | None = None
+
+
+class Budget(NamedTuple):
+    """Bytes that a call may take beyond the model and the result; `auto` when they come from what is free."""
+
+    bytes: int
+    auto: bool
+
+
+def read_budget(memory_budget: int | str | None) -> int | None:
+    """Bytes of a budget such as 2_000_000_000, "8GiB" or "500 MB"; None for None and "auto".
+
+    Raises TypeError or ValueError naming memory_budget for anything else.
+    """
+    if memory_budget is None or memory_budget == "auto":
+        return None
+    if isinstance(memory_budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", memory_budget.lower())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(
+                f"memory_budget must be bytes, a size such as '8GiB' or 'auto', got {memory_budget!r}"
+            )
+        size = int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(memory_budget, int) and not isinstance(memory_budget, bool):
+        size = memory_budget
+    else:
+        raise TypeError(
+            f"memory_budget must be an int or a string, got {type(memory_budget).__name__}"
+        )
+    if size <= 0:
+        raise ValueError(f"memory_budget must be positive, got {memory_budget!r}")
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device: CUDA's own figure, or the machine's available memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30  # no figure to be had (macOS): what any machine that runs a language model has
+
+
+def budget_for(plug: Plug, asked: int | None) -> Budget:
+    """The asked budget, or half of what is free on the model's device, shared by torchrun's processes on a machine."""
+    if asked is not None:
+        return Budget(asked, auto=False)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plug.device.type == "cpu" else 1
+    return Budget(free_memory(plug.device) // 2 // sharing, auto=True)
+
+
+class SweepSize(NamedTuple):
+    """How much a sweep has to do, beside the number of its pairs."""
+
+    positions: int  # of each pair, that are run
+    prefix: int  # shared positions before them, of which keys and values are kept
+    cotangents: int  # carried at the lowest layer
+    kinds: tuple[str, ...]
+    logits: int  # positions of each pair at which the metric looks
+    precision: str | None = None  # of the cotangents' products
+
+
+class Costs(NamedTuple):
+    """Bytes, per pair and position unless said otherwise."""
+
+    stored: int  # both runs' layer inputs
+    tape: int  # what autograd keeps of one layer, the node values of both runs, the layer's outputs
+    found: int  # of the layer at work: differences of node values, and neurons' effects while they are summed
+    carried: int  # one cotangent: of a layer's output, and of its input
+    mlp: int  # one cotangent on its way through the MLP: a gradient per activation that autograd keeps, and one more
+    attention: int  # one on its way through the attention: neurons' gradient, z's, and those of q, k, v twice
+    prefix: int  # per prefix position: keys and values of all layers, and those of the layer at work, of both runs
+    prefix_gradient: int  # per prefix position: one cotangent of keys and values
+    logits: int  # per logit position: logits, their copy in the user's columns, the metric's own work, gradients
+    narrow: int  # per tape, whatever the pairs and positions: the weights in bfloat16
+
+
+def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
+    found, item, layers = plug.inspection, plug.itemsize, len(plug.layers)
+    hidden = found.hidden
+    heads = found.heads * (found.head_dim + found.v_dim)  # q and z
+    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)  # k and v
+    neurons = found.neurons if "neuron" in kinds else 0
+    writes = hidden * sum(kind in kinds for kind in ("attn_out", "mlp_out"))
+    values = heads + kv_heads + neurons + writes
+    return Costs(
+        stored=item * 2 * (layers + 1) * hidden,
+        tape=found.tape_bytes + item * (2 * values + 2 * hidden),
+        found=item * (values + 5 * neurons),
+        carried=item * 2 * hidden,
+        mlp=found.tape_bytes + item * found.neurons,
+        attention=item * (neurons + heads // 2 + (heads + 2 * kv_heads) + hidden),
+        prefix=item * kv_heads * (layers + 3),
+        prefix_gradient=item * 2 * kv_heads,
+        logits=item * 6 * plug.vocabulary,
+        narrow=2 * plug.layer_weights,
+    )
+
+
+def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
+    """Bytes that a sweep under this plan takes at its peak, beside the model and the scores.
+
+    The largest of: the metric's logits with all kept tapes, and every layer at work with the tapes kept below it.
+    Not counted: attention matrices of the reference backend, and freed blocks that the C library holds on to.
+    """
+    cost, layers, pairs = costs(plug, size.kinds), len(plug.layers), plan.pairs
+    always = pairs * (size.positions * cost.stored + size.prefix * cost.prefix)
+    tape = pairs * size.positions * cost.tape + (cost.narrow if size.precision == "bf16" else 0)
+    peak = always + (layers - plan.taped_from) * tape + pairs * size.logits * cost.logits
+    for layer in range(layers):
+        tapes = 1 + max(0, layer - plan.taped_from)
+        cotangents = min(size.cotangents, layers - layer)
+        chunk = min(plan.chunk, cotangents)
+        # when all cotangents are one chunk, they are through the MLP before the first effects are taken
+        mlp = chunk * cost.mlp + (cost.found if chunk < cotangents else 0)
+        work = size.positions * max(mlp, cost.found + chunk * cost.attention)
+        work += size.positions * cotangents * cost.carried
+        work += size.prefix * chunk * cost.prefix_gradient
+        peak = max(peak, always + tapes * tape + pairs * work)
+    return peak
+
+
+def plan_sweep(
+    plug: Plug, budget: Budget, size: SweepSize, *, pairs: int, together: bool
+) -> SweepPlan:
+    """Fit a sweep into a budget: as many pairs, then cotangents, then tapes as there is room for and use.
+
+    pairs: at most so many; together: all of them must be run at once. Where even one pair and one cotangent do not
+    fit, they are the plan.
+    """
+    layers = len(plug.layers)
+    rows = _rows_enough(plug, _ROWS_ENOUGH)
+
+    def fits(batch: int, chunk: int, tapes: int) -> bool:
+        plan = SweepPlan(batch, chunk, layers - tapes)
+        return estimate_sweep(plug, plan, size) <= budget.bytes
+
+    pair_rows = rows // size.cotangents
+    if not plug.offloaded:  # such a model keeps no tapes, and every batch fetches its weights again
+        pair_rows = min(pair_rows, _rows_enough(plug, _TAPED_ROWS_ENOUGH))
+    useful = -(-pair_rows // size.positions)
+    batch = (
+        pairs
+        if together
+        else _largest(pairs if pairs < useful else useful, lambda n: fits(n, size.cotangents, 0))
+    )
+    useful = max(1, rows // (batch * size.positions))
+    chunk = _largest(min(size.cotangents, useful), lambda n: fits(batch, n, 0))
+    tapes = layers
+    if budget.auto:
+        tape = batch * size.positions * costs(plug, size.kinds).tape
+        tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
+    if plug.offloaded:  # a tape would hold its layer's weights in memory
+        tapes = 0
+    while tapes and not fits(batch, chunk, tapes):
+        tapes -= 1
+    return SweepPlan(batch, chunk, layers - tapes, size.precision)
+
+
+def _rows_enough(plug: Plug, of: dict[str, int]) -> int:
+    return of.get(plug.device.type, of["cuda"])
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to limit that fits, 1 if none does; a number fits if a larger one does."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
+    """Rows of exact patching run at once in `room` bytes, at least one.
+
+    positions: of each row, that are run; prefix: positions before them, whose keys and values every row gets a copy of;
+    logits: positions at which the metric looks.
+    """
+    found = plug.inspection
+    heads = found.heads * (found.head_dim + found.v_dim)
+    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
+    # q, k, v, z stay until the layer's end; more than four activations of an MLP are seldom alive, and one is a patched copy
+    layer = 4 * found.hidden + heads + kv_heads + max(heads + kv_heads, 5 * found.neurons)
+    keys_values = 2 * kv_heads  # the prefix, and the prefix with the row's own
+    row = positions * layer + prefix * keys_values + logits * 6 * plug.vocabulary
+    return max(
+        1, min(-(-_rows_enough(plug, _ROWS_ENOUGH) // positions), room // (plug.itemsize * row))
+    )

@@ -1,0 +1,86 @@
+"""Cotangents in bfloat16: a layer's linear maps multiply rounded gradients, its forward values stay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from atp_fast.ops.linear import cpu_words, linear, linear_product, own_product, torch_product
+
+PRECISIONS = (None, "bf16")
+
+
+def check_precision(precision: str | None) -> str | None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be None or 'bf16', got {precision!r}")
+    return precision
+
+
+@functools.cache
+def _multiplies_bfloat16(device_type: str) -> bool:
+    """Whether products of bfloat16 are the device's own; on a CPU without, torch takes several times float32's time."""
+    return device_type != "cpu" or bool(cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """x @ weight (+ bias), whose backward product is of bfloat16 numbers with float32 accumulation.
+
+    Where the device has no such product, the rounded numbers of a float32 model are multiplied as float32, which holds
+    them exactly. own: by `linear`'s product, which is float32's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, narrow: Tensor, bias: Tensor | None, own: bool
+    ) -> Tensor:
+        ctx.narrow, ctx.own = narrow, own
+        return (own_product if own else torch_product)(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
+        if grad.dtype.itemsize == 2 or _multiplies_bfloat16(grad.device.type):
+            product = (rounded @ narrow).to(grad.dtype)
+        else:
+            multiply = linear_product if ctx.own else torch.matmul
+            product = multiply(rounded.to(grad.dtype), narrow.to(grad.dtype))
+        return product, None, None, None, None
+
+
+class NarrowCotangents(TorchFunctionMode):
+    """Inside, linear layers are recorded so that their cotangents' products run in bfloat16.
+
+    The forward values do not change. Weights are rounded once per recorded layer; products that are no `linear`,
+    torch.nn.functional.linear or addmm with a fixed matrix stay as they are.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = None
+        if function is F.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            call = x, weight.t(), bias
+        elif function is torch.addmm and len(args) == 3 and not kwargs:
+            call = args[1], args[2], args[0]
+        elif function is linear:
+            call = args
+        if call is None or call[1].requires_grad:
+            return function(*args, **kwargs)
+        x, weight, bias = call
+        narrow = weight.to(torch.bfloat16)
+        return _NarrowProduct.apply(x, weight, narrow, bias, function is linear)  # type: ignore[no-untyped-call]
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of torch.nn.functional.linear, in order."""
+    return input, weight, bias

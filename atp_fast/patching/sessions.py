@@ -1,0 +1,378 @@
+"""Exact activation patching: the effect of one node, or of many at once, by running the model with it patched.
+
+Patching a node of layer m at position t changes nothing below m and nothing before t. So a row starts from the stored
+clean input of its lowest patched layer, joins the batch there, computes only the positions from its first patched one
+on (with the clean keys and values as prefix), and ends in logits only where the metric looks. Nodes before a pair's
+first differing token, or in its padding, have effect 0 and cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atp_fast.attribution.memory import Budget, patched_rows
+from atp_fast.attribution.runs import PairRuns, both_logits, filled, metric_logits, run_pairs
+from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
+from atp_fast.metrics import Metric
+from atp_fast.nodes import COARSE_KINDS, KINDS, Node
+from atp_fast.prompts.pairs import PromptPairs
+
+
+class NodeTable(NamedTuple):
+    """Nodes as columns of numbers: kind (index into KINDS), layer, position (user's column), index; all (nodes,)."""
+
+    kind: Tensor
+    layer: Tensor
+    position: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not used
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node]) -> NodeTable:
+        number = {kind: i for i, kind in enumerate(KINDS)}
+        rows = [(number[kind], layer, position, index) for kind, layer, position, index in nodes]
+        return cls(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).unbind(1))
+
+
+class Patches(NamedTuple):
+    """Patched nodes of many rows, all (patches,); row counts rows, position counts from a prompt's first token."""
+
+    row: Tensor
+    kind: Tensor
+    layer: Tensor
+    position: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not used
+
+    def take(self, which: Tensor) -> Patches:
+        return Patches(*(column[which] for column in self))
+
+
+class Patching:
+    """Pairs ready to be patched again and again; their two runs are made once, in batches of `pairs_at_once`."""
+
+    def __init__(
+        self,
+        plug: Plug,
+        pairs: PromptPairs,
+        metric: Metric,
+        kinds: Sequence[str],
+        budget: Budget,
+        pairs_at_once: int = 16,
+    ) -> None:
+        """kinds: the node kinds that will be patched."""
+        order = torch.argsort(pairs.split, descending=True, stable=True)
+        size = len(pairs) if metric.all_pairs_at_once else pairs_at_once
+        self.batches = (
+            [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
+        )
+        with plug.plugged():
+            self.sessions = [
+                PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches
+            ]
+        room = budget.bytes - sum(session.stored_bytes() for session in self.sessions)
+        for session in self.sessions:
+            session.room = room
+        self.plug, self.pairs = plug, pairs
+        self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])
+
+    def _gather(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of all batches back in the pairs' own order."""
+        return torch.cat(list(parts))[torch.argsort(torch.cat(self.batches))]
+
+    def effects(
+        self,
+        nodes: Sequence[Node],
+        subsets: Sequence[Sequence[int]] | None = None,
+        pair_index: Tensor | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> tuple[Tensor, Tensor]:
+        """Signed effects (pairs, subsets) of patching subsets of `nodes` (numbers into it; each alone when None).
+
+        pair_index: (subsets,), the one pair each subset is measured on. Also returns which effects were measured, bool
+        of the same shape: a pair that lacks a node's position, or was not asked for, is False.
+        """
+        with self.plug.plugged():
+            return self._effects(NodeTable.of(nodes), subsets, pair_index, advance)
+
+    def _effects(
+        self,
+        table: NodeTable,
+        subsets: Sequence[Sequence[int]] | None,
+        pair_index: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> tuple[Tensor, Tensor]:
+        if subsets is None:
+            count = len(table.kind)
+            subset = node = torch.arange(count)
+        else:
+            count = len(subsets)
+            sizes = torch.tensor([len(members) for members in subsets], dtype=torch.int64)
+            subset = torch.arange(count).repeat_interleave(sizes)
+            node = torch.tensor([i for members in subsets for i in members], dtype=torch.int64)
+        effect = torch.zeros((len(self.pairs), count), dtype=self.clean_value.dtype)
+        measured = torch.zeros(effect.shape, dtype=torch.bool)
+        for rows, session in zip(self.batches, self.sessions, strict=True):
+            present = _all_present(self.pairs[rows], table, subset, node, count)
+            if pair_index is None:
+                effect[rows] = session.effects(table, subset, node, count, advance=advance)
+                measured[rows] = present
+                continue
+            place = torch.full((len(self.pairs),), -1)
+            place[rows] = torch.arange(len(rows))
+            mine = (place[pair_index] >= 0).nonzero().flatten()
+            renumber = torch.full((count,), -1)
+            renumber[mine] = torch.arange(len(mine))
+            member = renumber[subset] >= 0
+            where = pair_index[mine]
+            effect[where, mine] = session.effects(
+                table, renumber[subset[member]], node[member], len(mine), place[where], advance
+            )
+            measured[where, mine] = present[place[where], mine]
+        return effect, measured
+
+
+def _all_present(
+    pairs: PromptPairs, table: NodeTable, subset: Tensor, node: Tensor, subsets: int
+) -> Tensor:
+    """(pairs, subsets) bool: the pair has a real token at every node of the subset."""
+    missing = ~pairs.attention_mask.cpu()[:, table.position[node]]
+    count = torch.zeros((len(pairs), subsets), dtype=torch.int64).index_add_(
+        1, subset, missing.long()
+    )
+    return count == 0
+
+
+class PatchSession:
+    """A batch of pairs ready to be patched: both runs, the node values of both, and the clean metric."""
+
+    def __init__(
+        self,
+        plug: Plug,
+        pairs: PromptPairs,
+        metric: Metric,
+        kinds: Sequence[str],
+    ) -> None:
+        """kinds: the node kinds that will be patched."""
+        self.plug, self.pairs, self.metric = plug, pairs, metric
+        self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
+        self.runs: PairRuns = run_pairs(plug, pairs, kinds, keep_values=True)
+        self.corrupted = [
+            {**values, "resid_pre": x}
+            for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
+        ]
+        with torch.no_grad():
+            last, self.source_logits = self.runs.clean[-1], None
+            if metric.needs_source_logits:
+                logits, self.source_logits = both_logits(plug, self.runs, last, metric)
+            else:
+                logits = metric_logits(plug, self.runs, last, metric)
+            self.clean_value = metric(logits, self.runs.given, self.source_logits)
+            whole = metric.positions == "all" or metric.all_pairs_at_once
+            self.clean_logits = logits if whole else None
+        lengths = set(self.runs.pairs.lengths.tolist())
+        # the one position that the last layer's output is needed at
+        self.end = lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
+
+    def stored_bytes(self) -> int:
+        """Bytes of both runs and of their node values."""
+        kept = [*self.runs.clean, *self.runs.corrupted]
+        for values, keys_values in zip(self.corrupted, self.runs.keys_values, strict=True):
+            kept += [*values.values(), *keys_values]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(sizes.values())
+
+    def effects(
+        self,
+        table: NodeTable,
+        subset: Tensor,
+        node: Tensor,
+        subsets: int,
+        pair_index: Tensor | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> Tensor:
+        """Signed effects of patching each subset of nodes at once.
+
+        subset, node: (members,), subset number and row of `table` of every member;
+        pair_index: (subsets,), the pair each subset is measured on; every pair when None.
+        Returns (pairs, subsets), or (subsets,) with pair_index.
+        """
+        pairs = len(self.pairs)
+        if pair_index is None:
+            pair = torch.arange(pairs).repeat_interleave(len(subset))
+            subset, node = subset.repeat(pairs), node.repeat(pairs)
+            row = pair * subsets + subset
+            row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        else:
+            pair, row, row_pair = pair_index[subset], subset, pair_index
+        position = table.position[node] - self.pairs.starts.cpu()[pair]
+        first, length = self.pairs.split.cpu()[pair], self.pairs.lengths.cpu()[pair]
+        moved = (position >= first) & (position < length)
+        patches = Patches(
+            row, table.kind[node], table.layer[node], position, table.index[node]
+        ).take(moved)
+        found = torch.zeros(len(row_pair), dtype=self.clean_value.dtype)
+        if self.metric.all_pairs_at_once:
+            if pair_index is not None:
+                raise ValueError(
+                    "pair_index needs a metric of single pairs, got one that sees all pairs at once"
+                )
+            self._all_at_once(patches, found.view(pairs, subsets), advance)
+        else:
+            done = 0
+            for rows in self._batches(patches, len(row_pair)):
+                logits = self._run(patches, rows, row_pair)
+                found[rows] = self._values(logits, row_pair[rows]).cpu()
+                advance(len(rows))
+                done += len(rows)
+            advance(len(row_pair) - done)
+        return found.view(pairs, subsets) if pair_index is None else found
+
+    def _values(self, logits: Tensor, pair: Tensor) -> Tensor:
+        at = pair.to(logits.device)
+        source = None if self.source_logits is None else self.source_logits[at]
+        return self.metric(logits, self.pairs[pair], source) - self.clean_value[at]
+
+    def _all_at_once(
+        self, patches: Patches, found: Tensor, advance: Callable[[int], object]
+    ) -> None:
+        """For a metric that must see all pairs' logits in one call: one subset at a time."""
+        pairs, subsets = found.shape
+        assert self.clean_logits is not None
+        row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        for subset in range(subsets):
+            mine = patches.take(patches.row % subsets == subset)
+            if len(mine.row):
+                logits = self.clean_logits.clone()
+                for rows in self._batches(mine, pairs * subsets):
+                    logits[row_pair[rows].to(logits.device)] = self._run(mine, rows, row_pair)
+                values = self.metric(logits, self.pairs, self.source_logits)
+                found[:, subset] = (values - self.clean_value).cpu()
+            advance(pairs)
+
+    # ---- batches of rows
+
+    def _batches(self, patches: Patches, rows: int) -> list[Tensor]:
+        """Rows with a patch, in batches of similar first position, each sorted by first layer."""
+        layer, position = _firsts(patches, rows)
+        touched = torch.unique(patches.row)
+        key = position[touched] * len(self.plug.layers) + layer[touched]
+        order = touched[torch.argsort(key, stable=True)]
+        logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
+        batches, start = [], 0
+        while start < len(order):
+            begin = int(position[order[start]]) if self.plug.moves else 0
+            width = self.runs.start + self.runs.positions - begin
+            size = patched_rows(self.plug, self.room, width, begin, logits)
+            batches.append(order[start : start + size])
+            start += size
+        return batches
+
+    def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor) -> Tensor:
+        """Run patched rows from their first layer to the logits of the metric, in the order of `rows`."""
+        plug, runs = self.plug, self.runs
+        number = torch.full((int(row_pair.numel()),), -1, dtype=torch.int64)
+        number[rows] = torch.arange(len(rows))
+        mine = patches.take(number[patches.row] >= 0)
+        mine = mine._replace(row=number[mine.row])
+        layers, positions = _firsts(mine, len(rows))
+        begin = int(positions.min()) if plug.moves else 0
+        order = torch.argsort(layers, stable=True)
+        back = torch.argsort(order)
+        mine = mine._replace(row=back[mine.row])
+        layers, pair = layers[order], row_pair[rows][order].to(plug.device)
+        ids = filled(runs.pairs, runs.pairs.clean_ids)[:, begin:]
+        with torch.no_grad():
+            arguments = plug.enter(ids, begin)[1]
+            x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
+            last = len(plug.layers) - 1
+            for layer in range(int(layers[0]), last + 1):
+                active = int((layers <= layer).sum())
+                joining = pair[len(x) : active]
+                if len(joining):
+                    x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
+                prefix = self._clean_prefix(layer, pair[:active], begin)
+                if layer == last and plug.moves and self.end is not None and begin < self.end:
+                    patch, _ = self._patch(layer, mine, pair, begin)
+                    given = arguments[layer].rows(pair, len(self.pairs))
+                    whole = plug.keys_values(layer, patch("resid_pre", x), given, prefix, patch)
+                    prefix = Prefix(*(t[:, :, : self.end] for t in whole))
+                    x, begin = x[:, self.end - begin :], self.end
+                    arguments = plug.enter(ids[:, -1:], begin)[1]
+                x = self._run_layer(layer, x, mine, pair, begin, arguments[layer], prefix)
+            check_finite(x, "a patched run")
+            return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
+
+    def _run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        patches: Patches,
+        pair: Tensor,
+        begin: int,
+        arguments: LayerArguments,
+        prefix: Prefix | None,
+    ) -> Tensor:
+        """One layer on the active rows x (rows, positions from `begin`, hidden), with its patches there made."""
+        patch, kinds = self._patch(layer, patches, pair, begin)
+        run = LayerRun(self.plug.backend, patch if kinds else None, prefix, kinds)
+        rows = arguments.rows(pair[: len(x)], len(self.pairs))
+        return self.plug.run_layer(layer, patch("resid_pre", x), rows, run)
+
+    def _clean_prefix(self, layer: int, pair: Tensor, begin: int) -> Prefix | None:
+        """The clean keys and values of the positions before `begin`, a row for each of `pair`."""
+        if not begin:
+            return None
+        return Prefix(*(t[:, :, :begin][pair] for t in self.runs.keys_values[layer]))
+
+    def _patch(
+        self, layer: int, patches: Patches, pair: Tensor, begin: int
+    ) -> tuple[Visit, tuple[str, ...]]:
+        """A function that makes a layer's patches from position `begin` on, and the kinds that have some."""
+        here = patches.take((patches.layer == layer) & (patches.position >= begin))
+        corrupted, start, device = self.corrupted[layer], self.runs.start, pair.device
+
+        def patch(kind: str, value: Tensor) -> Tensor:
+            at = here.take(here.kind == KINDS.index(kind))
+            if len(at.row) == 0:
+                return value
+            row, position, index = at.row.to(device), at.position.to(device), at.index.to(device)
+            source, target = position - start, position - begin
+            value = value.clone()
+            if kind in COARSE_KINDS:
+                value[row, target] = corrupted[kind][pair[row], source]
+            elif kind == "neuron":
+                value[row, target, index] = corrupted[kind][pair[row], source, index]
+            else:
+                value[row, index, target] = corrupted[kind][pair[row], index, source]
+            return value
+
+        return patch, tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
+
+    def _logits(self, x: Tensor, pair: Tensor, begin: int) -> Tensor:
+        """Logits where the metric looks, of the last layer's output x (rows, positions from `begin`, hidden)."""
+        rows = torch.arange(len(x), device=x.device)
+        if self.metric.positions == "last":
+            return self.plug.logits(x[rows, self.runs.pairs.last[pair] - begin][:, None])
+        assert self.clean_logits is not None
+        given = self.pairs
+        logits = self.clean_logits[pair].clone()
+        patched = self.plug.logits(x)
+        columns = torch.arange(logits.shape[1], device=x.device)
+        source = columns - given.starts.to(x.device)[pair][:, None] - begin
+        real = (source >= 0) & (source < patched.shape[1])
+        gathered = patched.gather(
+            1, source.clamp(0, patched.shape[1] - 1)[..., None].expand_as(logits)
+        )
+        return torch.where(real[..., None], gathered, logits)
+
+
+def _firsts(patches: Patches, rows: int) -> tuple[Tensor, Tensor]:
+    """Lowest patched layer and first patched position of each row; rows without a patch get large numbers."""
+    none = torch.iinfo(torch.int64).max
+    first = torch.full((2, rows), none)
+    for i, column in enumerate((patches.layer, patches.position)):
+        first[i].scatter_reduce_(0, patches.row, column, "amin")
+    return first[0], first[1]
