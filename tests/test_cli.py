@@ -137,7 +137,7 @@ def test_pairs_from_jsonl_and_csv_agree_with_text(tmp_path):
         ("jsonl", ["--pairs", tmp_path / "p.jsonl"]),
         ("csv", ["--pairs", tmp_path / "p.csv"]),
     ):
-        attribute(tmp_path / name, *source, "--nodes", "z")
+        attribute(tmp_path / name, *source, "--nodes", "z", "--metric", "nll")
         runs.append(Attribution.load(tmp_path / name / "run.safetensors"))
     assert torch.equal(runs[0].effect["z"], runs[1].effect["z"])
     assert torch.equal(runs[0].effect["z"], runs[2].effect["z"])
@@ -241,7 +241,9 @@ def test_a_pipe_sees_no_progress(tmp_path):
 
 def test_identical_prompts_are_a_warning_of_one_line(tmp_path):
     _, stderr = attribute(
-        tmp_path, "--clean", CLEAN, "--corrupted", CLEAN, "--answer", "Mary", "--nodes", "z"
+        tmp_path,
+        *("--clean", CLEAN, "--corrupted", CLEAN, "--answer", "Mary"),
+        *("--nodes", "z", "--metric", "nll"),
     )
     assert stderr.startswith("warning: ")
     assert "identical" in stderr

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from atp_fast.metrics import MetricLike
 from atp_fast.nodes import NODE_KINDS
-from atp_fast.prompts.directions import Direction
+
+if TYPE_CHECKING:  # the command line's help does without torch
+    from atp_fast.metrics import MetricLike
+    from atp_fast.prompts.directions import Direction
+
+
+PAPER_METRIC = "nll"
+"""The paper's loss, for studies beside its figures."""
 
 
 @dataclass(frozen=True)

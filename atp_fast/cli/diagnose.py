@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from atp_fast.cli import options
 from atp_fast.cli.opened import open_run
 from atp_fast.cli.show import console, print_written
 from atp_fast.cli.verify import EXACT
-from atp_fast.files import written_whole
+from atp_fast.files import write_text
 from atp_fast.nodes import label
 
 BOUND = "bound.json"
 
 
 def diagnose(
-    run: Annotated[
-        Path,
-        typer.Argument(help="Folder of `atp-fast attribute`, after `atp-fast verify` on it."),
-    ],
+    run: options.Run,
     forwards: Annotated[
         int, typer.Option(min=1, help="Random subsets to patch, one forward each.")
     ] = 1000,
@@ -31,16 +28,12 @@ def diagnose(
     confidence: Annotated[
         str, typer.Option(help="Confidence levels, with commas.")
     ] = "0.9,0.99,0.999",
-    nodes: Annotated[
-        str | None, typer.Option(help="Node kinds, with commas; all of the run's if not given.")
-    ] = None,
+    nodes: options.RunNodes = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="The model, where it has moved since the run.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton.")] = "auto",
+    model: options.MovedModel = None,
+    backend: options.Backend = "auto",
 ) -> None:
-    """Bound the largest effect among the nodes that were not verified.
+    """Bound the largest effect among the nodes that were not verified, after `atp-fast verify` of the same run.
 
     Random subsets of them are patched at once; a one-sided Welch test on
     every node gives the bound, and its assumptions are printed with it.
@@ -52,11 +45,7 @@ def diagnose(
     levels = _levels(confidence)
     opened = open_run(run, model, backend)
     verified = PatchEffects.load(run / EXACT).nodes or []
-    kinds = (
-        opened.found.space.kinds
-        if nodes is None
-        else tuple(kind.strip() for kind in nodes.split(","))
-    )
+    kinds = opened.found.space.kinds if nodes is None else options.names(nodes)
     bound = opened.engine.bound_missed(
         opened.pairs,
         exclude=verified,
@@ -80,8 +69,7 @@ def diagnose(
             markup=False,
         )
     out.print(bound.assumptions, markup=False)
-    with written_whole(run / BOUND) as path:
-        path.write_text(json.dumps(bound.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(run / BOUND, json.dumps(bound.to_dict(), indent=2) + "\n")
     print_written([run / BOUND])
 
 

@@ -17,6 +17,7 @@ RUN = "run.safetensors"
 PAIRS = "pairs.jsonl"
 TABLE = "nodes.csv"
 REPORT = "report.html"
+TABLE_ROWS = 10_000
 COLUMNS = ("kind", "layer", "position", "token", "index", "contribution", "effect")
 
 

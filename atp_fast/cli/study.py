@@ -7,27 +7,24 @@ from typing import Annotated, cast
 
 import typer
 
+from atp_fast.attribution.question import PAPER_METRIC, Question
+from atp_fast.cli import options
 from atp_fast.cli.commands import note
 from atp_fast.cli.folder import writable_folder
 from atp_fast.cli.show import print_written
 
 
 def study(
-    model: Annotated[
-        str, typer.Option(help="Hub id, local folder, or smollm2-135m (the demo model).")
-    ],
+    model: options.Model,
     tasks: Annotated[
         str,
-        typer.Option(
-            help="Tasks, with commas, each with :n for n pairs: city, ioi, ioi_pair, a_an, greater_than, "
-            "induction, random."
-        ),
+        typer.Option(help=f"Tasks, with commas, each with :n for n pairs: {options.TASK_NAMES}."),
     ] = "city,ioi_pair",
     families: Annotated[
         str, typer.Option(help="attention (all q, k, v, z nodes), neuron, or both with a comma.")
     ] = "attention",
-    metric: Annotated[str, typer.Option(help="nll, logit_diff, prob_diff or kl.")] = "nll",
-    direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
+    metric: options.Metric = PAPER_METRIC,
+    direction: options.Direction = Question.direction,
     seeds: Annotated[int, typer.Option(help="Runs of each baseline.")] = 5,
     top: Annotated[int, typer.Option(help="The largest K of the curves.")] = 1000,
     limit: Annotated[
@@ -47,10 +44,8 @@ def study(
     probability: Annotated[
         float, typer.Option(help="Chance of each node to be in such a subset.")
     ] = 0.01,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="Load the model as float32, float64, bfloat16 or float16.")
-    ] = None,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
     out: Annotated[
         Path,
         typer.Option(help="Folder for tables, curves and finished pieces; a second run goes on."),
@@ -85,7 +80,7 @@ def study(
     cases = engine_cases(
         Engine(network, backend),
         pairs,
-        [family.strip() for family in families.split(",")],
+        options.names(families),
         metric=metric,
         direction=cast(Direction, direction),
         sample=neurons,

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from atp_fast.cli import options
 from atp_fast.cli.opened import open_run
 from atp_fast.cli.show import console, print_written
 from atp_fast.files import write_csv, write_text, written_whole
@@ -26,16 +27,12 @@ COLUMNS = ("kind", "layer", "position", "token", "index")
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="Folder that `atp-fast attribute` wrote.")],
+    run: options.Run,
     top: Annotated[int, typer.Option(min=1, help="Best nodes to patch exactly.")] = 100,
-    nodes: Annotated[
-        str | None, typer.Option(help="Node kinds, with commas; all of the run's if not given.")
-    ] = None,
+    nodes: options.RunNodes = None,
     worst: Annotated[int, typer.Option(min=0, help="Worst disagreements to print.")] = 10,
-    model: Annotated[
-        str | None, typer.Option(help="The model, where it has moved since the run.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton.")] = "auto",
+    model: options.MovedModel = None,
+    backend: options.Backend = "auto",
 ) -> None:
     """Patch a run's best nodes exactly, and compare with their estimates.
 
@@ -45,7 +42,7 @@ def verify(
     from atp_fast.results.agreement import agreement
 
     opened = open_run(run, model, backend)
-    kinds = None if nodes is None else [kind.strip() for kind in nodes.split(",")]
+    kinds = None if nodes is None else options.names(nodes)
     chosen = opened.found.top(min(top, len(opened.found)), kinds)
     exact = opened.engine.patch(
         opened.pairs, chosen, metric=opened.found.metric, direction=opened.direction

@@ -20,7 +20,7 @@ from torch import Tensor
 from atp_fast._version import __version__
 from atp_fast.attribution.question import Question, check_method
 from atp_fast.engine import Engine
-from atp_fast.files import written_whole
+from atp_fast.files import write_text
 from atp_fast.metrics import resolve
 from atp_fast.nodes import check_kinds
 from atp_fast.prompts.directions import sign_text
@@ -201,8 +201,7 @@ class Shards:
                     f"folder must hold the {MANIFEST} of its shards, got none in {str(self.folder)!r}: take an empty "
                     "folder"
                 )
-            with written_whole(path) as temporary:
-                temporary.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(self.manifest, indent=1) + "\n")
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))

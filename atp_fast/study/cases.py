@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atp_fast.attribution.question import check_method
+from atp_fast.attribution.question import PAPER_METRIC, Question, check_method
 from atp_fast.engine import Engine
 from atp_fast.metrics import MetricLike, resolve
 from atp_fast.nodes import ATTENTION_KINDS, NodeSpace
@@ -52,8 +52,8 @@ class EngineCase:
         family: str,
         pairs: PromptPairs,
         *,
-        metric: MetricLike = "nll",
-        direction: Direction = "noising",
+        metric: MetricLike = PAPER_METRIC,
+        direction: Direction = Question.direction,
         sample: int = 2000,
         best: int = 2000,
         seed: int = 0,
@@ -123,8 +123,8 @@ def engine_cases(
     tasks: Mapping[str, PromptPairs],
     families: Sequence[str] = ("attention",),
     *,
-    metric: MetricLike = "nll",
-    direction: Direction = "noising",
+    metric: MetricLike = PAPER_METRIC,
+    direction: Direction = Question.direction,
     sample: int = 2000,
     best: int = 2000,
 ) -> Iterator[EngineCase]:
