@@ -15,8 +15,8 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check test-interpret test-compile sanitize build model \
-	bench-kernels bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile \
-	bench-products bench-roofline bench-tune bench-plots study study-quick clean
+	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
+	study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -66,17 +66,11 @@ test-interpret: build
 test-compile: build
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
-bench-kernels bench-products bench-engine bench-peers bench-scaling bench-precision bench-patching bench-compile: bench-%: build model
+bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patching: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-roofline: build
 	$(BIN)/python bench/roofline.py
-
-bench-tune: build
-	$(BIN)/python bench/tune.py
-
-bench-plots: build
-	$(BIN)/python bench/plots.py
 
 study: build model
 	$(BIN)/python bench/study.py

@@ -201,7 +201,9 @@ def print_peak(case: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=[NEOX_160M, DEMO_MODEL, GPT2_124M, LLAMA_1B], action="append")
+    parser.add_argument(
+        "--model", choices=[NEOX_160M, DEMO_MODEL, GPT2_124M, LLAMA_1B], action="append"
+    )
     parser.add_argument("--T", type=int, action="append", help="prompt length, may be repeated")
     parser.add_argument("--methods", nargs="+", choices=TIMED_METHODS, default=TIMED_METHODS)
     parser.add_argument("--rounds", type=int, default=5)

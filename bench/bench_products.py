@@ -3,8 +3,8 @@
 x (rows, inner) by the weights of a linear layer, as the forward pass takes them (mode "forward", weights (columns, inner))
 and as the gradient by x does (mode "gradient", weights (inner, columns)). As in a model, a layer's weights come from memory:
 each call multiplies by as many weights of a shape as make 80 MB. The results are compared first. Rows go to
-bench/results/products.csv: operations_per_second, and how many times faster than torch's default product and oneDNN's.
-`atp_fast.products.own_products_are_faster` says on which CPUs the engine takes it; this table is what it goes by.
+bench/results/products.csv: operations_per_second, and how many times faster than torch's product.
+`atp_fast.ops.linear.own_products_are_faster` says on which CPUs the engine takes it; this table is what it goes by.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measure import check_environment, interleaved, onednn_products, write_ratios
+from measure import check_environment, interleaved, write_ratios
 from rows import RESULTS, RowFile
 from torch import Tensor
 
@@ -24,19 +24,10 @@ ROWS = (1, 2, 8, 15, 30, 64, 128, 384, 1536)
 SHAPES = ((768, 768), (768, 3072), (3072, 768))
 WEIGHT_BYTES = 80e6
 AGREEMENT = 1e-5
-"""Largest difference of products, by the largest number; bfloat16 would be off by 1e-3."""
+"""Largest difference of products, by the largest number."""
 
 
-def default(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight
-
-
-def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    with onednn_products():
-        return x @ weight
-
-
-PROVIDERS = {"atp_fast cpp": cpp.linear, "torch": default, "torch, oneDNN": onednn}
+PROVIDERS = {"atp_fast cpp": cpp.linear, "torch": torch.matmul}
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,15 +44,12 @@ def bench_cell(file: RowFile, rows: int, inner: int, columns: int, mode: str, ro
     else:
         weights = [torch.randn(inner, columns) for _ in range(count)]
     exact = x.double() @ weights[0].double()
-    providers: dict[str, Product] = {}
     for name, product in PROVIDERS.items():
         error = float((product(x, weights[0]) - exact).abs().max() / exact.abs().max())
-        if error < AGREEMENT:
-            providers[name] = product
-        elif name != "torch, oneDNN":  # which may take bfloat16
+        if not error < AGREEMENT:
             raise RuntimeError(f"{name}: relative error {error:.2g}")
     timings = interleaved(
-        {name: partial(through, product, x, weights) for name, product in providers.items()}, rounds
+        {name: partial(through, product, x, weights) for name, product in PROVIDERS.items()}, rounds
     )
     shape = {"rows": rows, "inner": inner, "columns": columns}
     cell = {"op": "linear", "mode": mode, "shape": shape, "dtype": "float32"}

@@ -101,14 +101,13 @@ def interleaved(
 
     repeats: calls on end, of which the mean is taken, where one is too short for the clock or waits for its launch.
     """
-    timings = {name: Timing() for name in providers}
-    for number in range(warmup + rounds):
-        with alone(lock):
-            for name, fn in providers.items():
-                found = timed(fn, repeats)
-                if number >= warmup:
-                    timings[name].add(*found)
-    return timings
+    # workers of other libraries, which import this module, have no atp_fast
+    from atp_fast.ops.trial import in_turns
+
+    found = in_turns(
+        providers, rounds, lambda fn: timed(fn, repeats), warmup=warmup, around=lambda: alone(lock)
+    )
+    return {name: Timing(*map(list, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
 def write_ratios(file: RowFile, base: Timing, timing: Timing, *, of: str, **columns: Any) -> None:
@@ -167,21 +166,6 @@ def in_subprocess(arguments: Sequence[str], lock: Path | None = None) -> Any:
 # ---- the rate of matrix products
 
 
-@contextlib.contextmanager
-def onednn_products() -> Iterator[None]:
-    """float32 products by oneDNN where the default is another library.
-
-    The setting allows bfloat16; without matrix tiles (AMX) oneDNN still computes in float32. `product_paths` checks.
-    """
-    matmul: Any = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16"
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 PRODUCT = (8192, 8192, 8192) if DEVICE == "cuda" else (3072, 768, 3072)
 """Rows, inner size and columns of the product that sets the best rate."""
 
@@ -191,8 +175,7 @@ def product_paths(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Ways to multiply (rows, inner) by (inner, columns) on DEVICE: name -> (a call, operations).
 
-    "float32 default", "float32 oneDNN" on a CPU where its error is float32's, "float32 atp_fast cpp" where the engine
-    takes it, and "bfloat16".
+    "float32 default", "float32 atp_fast cpp" where the engine takes it, and "bfloat16".
     """
     # workers of other libraries, which import this module, have no atp_fast
     from atp_fast.ops.linear import linear, own_products_are_faster
@@ -200,21 +183,10 @@ def product_paths(
     a, b = (torch.randn(shape, device=DEVICE) for shape in ((rows, inner), (columns, inner)))
     narrow_a, narrow_b = a.bfloat16(), b.bfloat16()
     operations = 2 * rows * inner * columns
-
-    def onednn() -> torch.Tensor:
-        with onednn_products():
-            return a @ b.T
-
     paths: dict[str, tuple[Callable[[], object], int]] = {
         "float32 default": (lambda: a @ b.T, operations),
         "bfloat16": (lambda: narrow_a @ narrow_b.T, operations),
     }
-    if DEVICE == "cuda":
-        return paths
-    exact = a.double() @ b.double().T
-    error = float((onednn().double() - exact).abs().max() / exact.abs().max())
-    if error < 1e-5:
-        paths["float32 oneDNN"] = (onednn, operations)
-    if own_products_are_faster():
+    if DEVICE == "cpu" and own_products_are_faster():
         paths["float32 atp_fast cpp"] = (lambda: linear(a, b.T), operations)
     return paths

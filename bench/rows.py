@@ -17,6 +17,8 @@ import torch
 import transformers
 import triton
 
+from atp_fast.files import write_csv
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -145,15 +147,10 @@ class RowFile:
             **provenance(),  # type: ignore[arg-type]
         )
         names = [field.name for field in fields(Row)]
-        kept = [old for old in self.read() if _key(old) != row.key()]
         new = {k: _text(v) for k, v in asdict(row).items()}
+        kept = [old for old in self.read() if _key(old) != row.key()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.path.with_suffix(".partial")
-        with staging.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*kept, new])
-        staging.replace(self.path)
+        write_csv(self.path, names, ([line[name] for name in names] for line in (*kept, new)))
         shown = "-" if median is None else f"{median:.4g} [{p20:.4g}, {p80:.4g}]"
         print(
             f"{row.op} | {row.provider} | {row.mode} | {row.shape} | {row.dtype} | {metric}: {shown}"

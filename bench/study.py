@@ -2,7 +2,7 @@
 
 AtP, its variants and the paper's baselines against exact patching of every attention node, and of a sample of neuron
 nodes. Everything goes to runs/study (runs/study-quick), where finished pieces stay: a study that was stopped goes on
-when it is started again. The small tables and the picture are copied to bench/results/study (study-quick).
+when it is started again. The small tables and the picture of the whole study are copied to bench/results/study.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def main() -> None:
         study.extend(run_study(engine_cases(engine, pairs, part.families), folder, part.plan))
         # Written after every part, so that a study that is still running can be read.
         paths = write_study(study, folder, f"Method study on {options.model}", _about(engine))
-    _keep(paths, RESULTS / name)
+    if not options.quick:
+        _keep(paths, RESULTS / name)
 
 
 def _about(engine: Engine) -> str:

@@ -128,7 +128,7 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
 }
 TILED = ("attention", "key_gradients", "query_gradients", "key_effects", "top_effects")
 TARGETS = ("sm_80", "sm_90", "sm_100")
-# spilling registers and yet, by bench/results/tuning.csv, 7 to 27 % faster on Hopper than the best that does not
+# spilling registers and yet, by docs/measured-once.md, 7 to 27 % faster on Hopper than the best that does not
 FASTEST_WITH_SPILLS = {
     ("key_gradients", "bf16", 64, "sm_90"),
     ("key_gradients", "bf16", 128, "sm_90"),

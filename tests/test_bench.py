@@ -90,7 +90,7 @@ def test_random_prompts_differ_everywhere_after_the_shared_part(shared):
     assert random_pairs(build_random(NEOX_TINY), 2, 8, shared).split.tolist() == [shared] * 2
 
 
-def test_the_onednn_path_counts_as_float32_only_while_it_is():
+def test_product_paths():
     paths = product_paths(32, 64, 32)
     assert {"float32 default", "bfloat16"} <= set(paths)
     assert all(operations == 2 * 32 * 64 * 32 for _, operations in paths.values())
@@ -104,17 +104,6 @@ def test_spinning_threads_are_refused():
     )
     assert done.returncode == 1
     assert "OMP_WAIT_POLICY=passive" in done.stderr
-
-
-def test_pictures_from_rows(tmp_path):
-    pytest.importorskip("matplotlib")
-    import plots
-
-    file = RowFile(tmp_path / "rows.csv")
-    for positions in (32, 128):
-        add(file, [1.0, 2.0], positions)
-    plots.engine(file.read(), tmp_path / "engine.png")
-    assert (tmp_path / "engine.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

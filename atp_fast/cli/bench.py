@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
@@ -36,7 +34,7 @@ def bench(
 
     from atp_fast import ops
     from atp_fast.cli.show import console
-    from atp_fast.ops.trial import calls_of, random_inputs
+    from atp_fast.ops.trial import calls_of, in_turns, random_inputs, seconds
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be among {', '.join(_DTYPES)}, got {dtype!r}")
@@ -60,26 +58,11 @@ def bench(
         table.add_column(f"{name}, ms", justify="right")
     table.add_column("times faster", justify="right")
     for op, call in calls.items():
-        medians = _medians({name: partial(call, backend=name) for name in names}, rounds, device)
+        turns = in_turns({name: partial(call, backend=name) for name in names}, rounds, seconds)
+        medians = {name: statistics.median(found) for name, found in turns.items()}
         table.add_row(
             op,
             *(f"{1e3 * medians[name]:.2f}" for name in names),
             f"{medians['reference'] / medians[compiled]:.1f}",
         )
     console().print(table)
-
-
-def _medians(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each call, in turns, after one that is not counted."""
-    import torch
-
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in seconds.items()}

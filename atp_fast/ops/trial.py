@@ -1,15 +1,20 @@
-"""Every op on random inputs, for whoever times the backends."""
+"""Every op on random inputs, and calls timed in turns, for whoever times the backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from atp_fast import ops
+
+Name = TypeVar("Name")
+Found = TypeVar("Found")
 
 
 class Inputs(NamedTuple):
@@ -56,3 +61,34 @@ def calls_of(x: Inputs) -> dict[str, Callable[..., Any]]:
         ),
         "node_effects": partial(ops.node_effects, x.q, x.grad_z, weights=weights),
     }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall seconds of a call, its work on the GPU included."""
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def in_turns(
+    calls: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    measure: Callable[[Callable[[], object]], Found],
+    *,
+    warmup: int = 1,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[Name, list[Found]]:
+    """Measure every call once per round, so that a slow spell of the machine falls on all of them.
+
+    warmup: rounds that are not counted; around: a context that each round runs in.
+    """
+    found: dict[Name, list[Found]] = {name: [] for name in calls}
+    for number in range(warmup + rounds):
+        with around():
+            for name, call in calls.items():
+                result = measure(call)
+                if number >= warmup:
+                    found[name].append(result)
+    return found
