@@ -323,7 +323,7 @@ def test_the_command_line_refuses_the_shards_of_another_run(tmp_path, engine, pa
     pairs.to_jsonl(tmp_path / "pairs.jsonl")
     attribute_sharded(engine, pairs, tmp_path / "run" / "shards", **OPTIONS)
     command = ["attribute", "--model", MODEL, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "run",
-               "--shard-size", 2]  # fmt: skip
+               "--shard-size", 2, "--metric", "nll"]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in command])
     assert done.exit_code == 2
     assert "metric is 'logit_diff' there and 'nll' here" in done.stderr
