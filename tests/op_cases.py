@@ -38,7 +38,8 @@ class Case:
 
     key_mask: None, "padding" (the last keys of every second row), "left" (the first keys of it) or "all"
     (every key of the first batch row). layout: "contiguous", "transposed" (positions before heads), "sliced"
-    (every second element of the last axis), "expanded" (stride 0 over the batch; grad_z over everything).
+    (every second element of the last axis), "expanded" (stride 0 over the batch; grad_z and the sinks over everything).
+    key_mask and sinks lie likewise.
     spread: standard deviation of the logits. shift: that of the corrupted ones around the clean ones.
     """
 
@@ -86,6 +87,12 @@ CASES = [
     Case("window5", queries=70, keys=75, window=5, head_dim=32),
     Case("window70", queries=150, keys=150, window=70, head_dim=32),
     Case("window-full", queries=70, keys=80, window=9, causal=False),
+    # windows that end at, before and behind the edges of tiles of 16, 32 and 64
+    *(
+        Case(f"window{w}-T{t}", queries=t, keys=t, window=w)
+        for t, w in ((129, 2), (200, 66), (128, 64), (130, 65), (97, 33), (66, 63), (49, 17))
+    ),
+    Case("window-prefix", queries=65, keys=193, window=64),
     Case("softcap", queries=67, keys=67, softcap=3.0, head_dim=32),
     Case("sinks", queries=67, keys=67, sinks=True, head_dim=32),
     Case("scale", queries=30, keys=30, scale=0.37),
@@ -120,6 +127,20 @@ CASES = [
     ),
     Case("sliced", batch=2, queries=33, keys=40, head_dim=20, layout="sliced"),
     Case("expanded", batch=2, queries=33, keys=33, head_dim=20, layout="expanded"),
+    *(
+        Case(
+            f"side-{layout}",
+            batch=3,
+            heads=4,
+            kv_heads=2,
+            queries=37,
+            keys=37,
+            sinks=True,
+            key_mask="left",
+            layout=layout,
+        )
+        for layout in ("transposed", "sliced", "expanded")
+    ),
     Case("no-batch", batch=0),
     Case("no-heads", heads=0, kv_heads=1),
     Case("no-queries", queries=0, keys=5),
@@ -157,15 +178,17 @@ class Inputs(NamedTuple):
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    if layout == "transposed":
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "transposed" and x.ndim > 1:
+        axes = (-3, -2) if x.ndim > 2 else (0, 1)
+        return x.transpose(*axes).contiguous().transpose(*axes)
     if layout == "sliced":
         shape = (*x.shape[:-1], 2 * x.shape[-1] + 1)
-        wide = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+        filler = True if x.dtype == torch.bool else torch.nan
+        wide = torch.full(shape, filler, dtype=x.dtype, device=x.device)
         wide[..., 1::2] = x
         return wide[..., 1::2]
-    if layout == "expanded" and x.ndim == 5:
-        return x[:1, :1, :1, :1, :1].expand(x.shape)
+    if layout == "expanded" and x.ndim in (1, 5):
+        return x[(slice(1),) * x.ndim].expand(x.shape)
     if layout == "expanded":
         return x[:1].expand(x.shape)
     return x
@@ -204,13 +227,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
             mask[::2, :third] = False
         else:
             mask[::2, case.keys - third :] = False
-        mask = mask.to(device)
+        mask = _laid_out(mask.to(device), case.layout)
+    sinks = _laid_out(normal(case.heads).to(dtype).to(device), case.layout) if case.sinks else None
     options: dict[str, object] = {
         "scale": case.scale,
         "causal": case.causal,
         "window": case.window,
         "softcap": case.softcap,
-        "sinks": normal(case.heads).to(dtype).to(device) if case.sinks else None,
+        "sinks": sinks,
         "key_mask": mask,
     }
     return Inputs(*tensors, options)
@@ -417,7 +441,7 @@ def check(op: str, x: Inputs, backend: str) -> None:
         wide_eps = torch.finfo(reference.accumulation_dtype(x.q)).eps
         weights = 0.0 if "logsumexp" in name else parts
         bound = (FEW * wide_eps + weights) * scale[name] + operands.get(name, 0.0)
-        bound = bound + torch.finfo(y.dtype).eps * truth[name].abs()
+        bound = bound + torch.finfo(y.dtype).eps / 2 * truth[name].abs()  # rounded to nearest
         bound = bound + 2 * _difference(same[name], reference_truth[name])
         error = _difference(y, truth[name])
         assert not torch.isnan(error).any(), f"{name} has NaN"

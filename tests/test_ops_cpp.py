@@ -172,6 +172,28 @@ def test_any_shape_and_strides(x: op_cases.Inputs) -> None:
 
 
 @pytest.mark.parametrize("isa", _C.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype) -> None:
+    """Two keys of equal weight: z and grad_v are means and halves that float32 holds exactly, ties among them."""
+    finfo = torch.finfo(dtype)
+    low = 1 + finfo.eps * torch.arange(64, dtype=torch.float64)
+    steps = torch.tensor([0, 1, 2, 3, 5, 7], dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0])
+    first = (low[:, None, None] * signs[:, None]).expand(64, 2, 6)
+    second = first + finfo.eps * steps * signs[:, None]
+    v = torch.stack([first.reshape(-1), second.reshape(-1)]).to(dtype)[None, None]
+    q = torch.zeros(1, 1, 2, 8, dtype=dtype)
+    grad = v[None]
+    with instruction_set(isa):
+        z, stats = ops.attention(q, q, v, causal=False, backend="cpp")
+        grads = ops.attention_vjp(q, q, v, stats=stats, grad_z=grad, causal=False, backend="cpp")
+    exact = v.double().mean(2, keepdim=True).expand_as(v)
+    assert (exact.to(dtype).double() != exact).any()
+    assert torch.equal(z, exact.to(dtype))
+    assert torch.equal(grads[2][0], exact.to(dtype))
+
+
+@pytest.mark.parametrize("isa", _C.instruction_sets())
 @pytest.mark.parametrize(
     ("real", "low", "high"), [(np.float32, -87.3, 88), (np.float64, -708, 709)]
 )

@@ -289,6 +289,37 @@ def test_batches_of_pairs_change_nothing(metric: Any) -> None:
     assert_naive(whole, model, pairs, [[node] for node in nodes], metric)
 
 
+@pytest.mark.parametrize("metric", ["nll", every_position])
+@pytest.mark.parametrize("padding", ["right", "left", "all left"])
+@pytest.mark.parametrize("pairs_at_once", [1, 2, 3])
+def test_batches_of_mixed_pairs(pairs_at_once: int, padding: str, metric: Any) -> None:
+    """Pairs with a common start that split anywhere, in unsorted batches: nodes, and subsets each on its own pair."""
+    model = zoo.build("mistral" if pairs_at_once == 2 else "gpt2", wide_norms=True)
+    pairs = zoo.mixed_pairs(model, padding)
+    engine = Engine(model)
+    random = Random(pairs_at_once)
+    nodes = [
+        random.choice(list(engine.plug.space(pairs.clean_ids.shape[1], [kind])))
+        for kind in KINDS
+        for _ in range(6)
+    ]
+    budget = Budget(2**30, auto=False)
+    patching = Patching(engine.plug, pairs, resolve(metric, pairs), KINDS, budget, pairs_at_once)
+    effect, measured = patching.effects(nodes)
+    wanted, clean_value = naive_effects(model, pairs, [[n] for n in nodes], resolve(metric, pairs))
+    largest = float(wanted.abs().max())
+    assert largest > 1e-3
+    assert float((effect - wanted).abs().max()) <= 1e-9 * largest
+    assert float((patching.clean_value - clean_value).abs().max()) <= 1e-9
+    assert torch.equal(measured, pairs.attention_mask[:, [n.position for n in nodes]])
+    index = torch.tensor([random.randrange(len(pairs)) for _ in nodes])
+    single, asked = patching.effects(nodes, [[i] for i in range(len(nodes))], index)
+    columns = torch.arange(len(nodes))
+    assert torch.equal(single[index, columns], single.sum(0))
+    assert float((single[index, columns] - wanted[index, columns]).abs().max()) <= 1e-9 * largest
+    assert torch.equal(asked.sum(0), measured[index, columns].long())
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_shared_tokens_have_effect_zero_and_padding_is_not_valid(side: str) -> None:
     model = zoo.build("llama", dtype=torch.float32)

@@ -15,6 +15,7 @@ import atp_fast.engine
 import zoo
 from atp_fast import Engine, PromptPairs
 from atp_fast.attribution.literal import METHODS, literal_attribution
+from atp_fast.attribution.memory import SweepPlan
 from atp_fast.nodes import KINDS
 
 DENSE = ["gpt2", "gemma2", "phi"]
@@ -296,6 +297,51 @@ def test_padding_side_and_batch_composition_change_nothing(family: str, method: 
                 own, wanted = found[kind][row], alone[kind][0][:, : int(real.sum())]
                 assert not own[:, ~real].any(), kind
                 assert (own[:, real] - wanted).abs().max() <= 1e-12 * wanted.abs().max(), kind
+
+
+@pytest.mark.parametrize(
+    ("method", "direction"), [("atp", "denoising"), ("atp*", "noising")], ids=["atp", "atp*"]
+)
+@pytest.mark.parametrize("padding", ["right", "left", "all left"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_batches_of_mixed_pairs(
+    size: int, padding: str, method: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs with a common start that split anywhere, in batches of any size: every pair's own numbers and values."""
+    model = zoo.build("qwen2" if size % 2 else "gpt2", wide_norms=True)
+    pairs = zoo.mixed_pairs(model, padding)
+    plan = atp_fast.engine.plan_sweep
+    seen = []
+
+    def few(*args: Any, **options: Any) -> SweepPlan:
+        seen.append(size)
+        return plan(*args, **options)._replace(pairs=size, taped_from=2)
+
+    monkeypatch.setattr(atp_fast.engine, "plan_sweep", few)
+    kinds = ["q", "k", "v", "z", "mlp_out", "resid_pre"]
+    options: dict[str, Any] = {"metric": "nll", "method": method, "nodes": kinds}
+    assert_equals_literal(model, pairs, 1e-9, direction=direction, **options)
+    found = Engine(model, "reference").attribute(
+        pairs, direction=direction, per_pair=True, progress=False, **options
+    )
+    assert seen
+    assert found.per_pair is not None
+    for row, pair in enumerate(pairs):
+        values = own_values(model, pair if direction == "noising" else pair.swapped())
+        assert found.clean_value[row].item() == pytest.approx(values[0], rel=1e-12)
+        assert found.corrupted_value[row].item() == pytest.approx(values[1], rel=1e-12)
+        for kind in kinds:
+            assert not found.per_pair[kind][row][:, ~pairs.attention_mask[row]].any(), kind
+
+
+def own_values(model: Any, pair: PromptPairs) -> list[float]:
+    """The negative log probability of a pair's answer after either prompt, by whole forward passes."""
+    real = pair.attention_mask[0]
+    with torch.no_grad():
+        logits = [
+            model(ids[0, real][None]).logits[0, -1] for ids in (pair.clean_ids, pair.corrupted_ids)
+        ]
+    return [float(-x.log_softmax(-1)[pair.answer_ids[0]]) for x in logits]
 
 
 def test_many_pairs_in_several_batches() -> None:

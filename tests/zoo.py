@@ -221,3 +221,31 @@ def random_pairs(
         shift = (torch.arange(length) - (length - lengths)[:, None]) % length
         clean, corrupted, mask = (x.gather(1, shift) for x in (clean, corrupted, mask))
     return PromptPairs(clean, corrupted, answers, wrong, attention_mask=mask)
+
+
+def mixed_pairs(model: PreTrainedModel, padding: str) -> PromptPairs:
+    """Seven pairs that all share their first two tokens (as with BOS), split at different places in no order, and have
+    different lengths.
+
+    padding: "right", "left", or "all left": three columns of padding ahead of every pair, and ragged ends behind.
+    """
+    splits, lengths = (4, 2, 7, 3, 2, 8, 5), (9, 9, 8, 7, 9, 9, 6)
+    parts = [
+        random_pairs(model, 1, n, seed=i, shared_prefix=s)
+        for i, (n, s) in enumerate(zip(lengths, splits, strict=True))
+    ]
+    width = max(lengths) + 3 * (padding == "all left")
+    shape = (len(parts), width)
+    clean, corrupted = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        start = {"right": 0, "left": width - length, "all left": 3}[padding]
+        real = slice(start, start + length)
+        clean[row, real], corrupted[row, real] = part.clean_ids[0], part.corrupted_ids[0]
+        for ids in (clean, corrupted):
+            ids[row, start : start + 2] = torch.tensor([5, 9])
+        mask[row, real] = True
+    answers, wrong = (
+        torch.cat([getattr(p, name) for p in parts]) for name in ("answer_ids", "wrong_answer_ids")
+    )
+    return PromptPairs(clean, corrupted, answers, wrong, attention_mask=mask)
