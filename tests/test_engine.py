@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import zoo
 from atp_fast import Engine, PromptPairs
 from atp_fast.nodes import Node
+from atp_fast.patching import MissedBound
 
 HOOKS = (
     "_forward_hooks",
@@ -67,14 +68,16 @@ def assert_unchanged(before: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def interrupted(module: nn.Module, call: int) -> Iterator[list[int]]:
-    """Ctrl-C while the module runs for the call-th time; yields the list of calls so far."""
+def interrupted(
+    module: nn.Module, call: int, error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[list[int]]:
+    """Ctrl-C, or an exception, while the module runs for the call-th time; yields the list of calls so far."""
     calls: list[int] = []
 
     def hook(*_: Any) -> None:
         calls.append(1)
         if len(calls) == call:
-            raise KeyboardInterrupt
+            raise error
 
     handle = module.register_forward_hook(hook)
     try:
@@ -89,6 +92,22 @@ VERBS: dict[str, Callable[[Engine, PromptPairs], Any]] = {
     ),
     "patch": lambda engine, pairs: engine.patch(pairs, [Node("z", 1, 4, 2)], progress=False),
 }
+MORE_VERBS: dict[str, Callable[[Engine, PromptPairs], Any]] = {
+    "patch_subsets": lambda engine, pairs: engine.patch_subsets(
+        pairs, [[Node("k", 0, 3, 1), Node("mlp_out", 2, 5)], []], progress=False
+    ),
+    "bound_missed": lambda engine, pairs: engine.bound_missed(
+        pairs, nodes=["attn_out"], forwards=20, probability=0.5, progress=False
+    ),
+}
+
+
+def numbers(result: Any) -> Tensor:
+    """What a verb found, as one tensor."""
+    if isinstance(result, MissedBound):
+        return torch.from_numpy(result.difference)
+    effect = result.effect
+    return torch.cat([x.flatten() for x in effect.values()]) if isinstance(effect, dict) else effect
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -109,23 +128,42 @@ def test_the_model_is_left_as_it_was(family: str, verb: str) -> None:
     assert_unchanged(before, model)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_ctrl_c_at_any_moment_leaves_the_model_as_it_was(verb: str) -> None:
-    """KeyboardInterrupt out of every call of a module of layer 1, one after another, until none is left."""
+MODULES: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
+    "embedding": lambda model: model.transformer.wte,
+    "position embedding": lambda model: model.transformer.wpe,
+    "attention": lambda model: model.transformer.h[1].attn,
+    "linear": lambda model: model.transformer.h[2].mlp.c_proj,
+    "activation": lambda model: model.transformer.h[0].mlp.act,
+    "final norm": lambda model: model.transformer.ln_f,
+    "head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("where", MODULES)
+@pytest.mark.parametrize("verb", [*VERBS, *MORE_VERBS])
+def test_stopped_at_any_moment_the_model_is_as_it_was(
+    verb: str, where: str, error: type[BaseException]
+) -> None:
+    """Out of every call of a module, one after another, until none is left; and then the engine works as before."""
     model = zoo.build("gpt2", dtype=torch.float32)
-    pairs = zoo.random_pairs(model, 2, 6)
+    pairs = zoo.random_pairs(model, 2, 6, shared_prefix=1)
+    model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     before, engine = snapshot(model), Engine(model)
+    call_verb = {**VERBS, **MORE_VERBS}[verb]
+    wanted = numbers(call_verb(engine, pairs))
     call, finished = 0, False
     while not finished:
         call += 1
-        with interrupted(model.transformer.h[1].mlp, call) as calls:
+        with interrupted(MODULES[where](model), call, error) as calls:
             try:
-                VERBS[verb](engine, pairs)
+                found = call_verb(engine, pairs)
                 finished = True
-            except KeyboardInterrupt:
+            except error:
                 assert len(calls) == call
         assert_unchanged(before, model)
     assert call > 1
+    assert torch.equal(numbers(found), wanted)
 
 
 def test_ctrl_c_while_the_engine_is_made() -> None:
