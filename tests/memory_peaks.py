@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import atp_fast.engine
@@ -37,14 +37,20 @@ _COMMON: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "intermediate_size": 2048},
     "llama": {**_COMMON, "intermediate_size": 1408, "num_key_value_heads": 2},
+    "ten_layers": {
+        **_COMMON,
+        "model_type": "gpt_neox",
+        "hidden_size": 256,
+        "num_hidden_layers": 10,
+        "intermediate_size": 1024,
+    },
 }
 
 
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **MODELS[name])
-    )
+    settings = {"model_type": name, **MODELS[name]}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     return model.eval()
 
 
@@ -90,6 +96,12 @@ def patch_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     space, random = engine.plug.space(case["positions"], KINDS), Random(0)
     nodes = [space.node(random.randrange(len(space))) for _ in range(case["nodes"])]
     rows: list[int] = []
+    multiplied: set[int] = set()
+
+    def counted(module: Any, args: Any) -> None:
+        multiplied.add(args[0].shape[:-1].numel())
+
+    hooks = [m.register_forward_pre_hook(counted) for m in model.modules() if type(m) is nn.Linear]
 
     def spied(*arguments: Any) -> int:
         rows.append(patched_rows(*arguments))
@@ -99,7 +111,10 @@ def patch_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     metric = every_position if case.get("every_position") else "nll"
     before = reset_peak()
     engine.patch(pairs, nodes, metric, progress=False)
-    return {"peak": extra_peak(before), "rows": rows}
+    found = {"peak": extra_peak(before), "rows": rows, "row_counts": len(multiplied)}
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def main() -> None:

@@ -19,6 +19,14 @@ def make_engine():
     return Engine(load_model(MODEL)[0])
 
 
+def make_half_engine():
+    """Another model: the last layer writes half as much."""
+    model = load_model(MODEL)[0]
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight *= 0.5
+    return Engine(model)
+
+
 def make_pairs(padding_side="right"):
     """Eleven pairs of 5 to 12 tokens that split at different places; pair i is answered by token 20 + i."""
     generator = torch.Generator().manual_seed(0)

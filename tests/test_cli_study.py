@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from atp_fast import Attribution, Engine, Node, PatchEffects, load_model
+from atp_fast import Attribution, Engine, Node, PatchEffects, PromptPairs, load_model
 from atp_fast.cli import app
-from atp_fast.patching import moving_ids
+from atp_fast.patching import NodePatcher, moving_ids
 from atp_fast.prompts.tasks import load_task
 from atp_fast.results import ScoredNode
 from atp_fast.results.agreement import agreement
@@ -129,6 +129,130 @@ def test_study_on_a_model(tiny, tmp_path):
     assert largest == pytest.approx(float(exact), rel=1e-5)
     again = [EngineCase(engine, "ioi_pair", "attention", pair, metric="logit_diff")]
     assert run_study(again, tmp_path, plan).results == study.results[: len(study.results) // 2]
+
+
+RAGGED = [
+    ("When Mary and John went to the store , John gave a drink to", "Tom", "Mary"),
+    ("Mary and John went to the store , John gave a drink to", "Mary", "Mary"),
+    ("John went to the store , John gave a drink to", "Mary", "Tom"),
+]
+
+
+@pytest.fixture(scope="module")
+def exact_engine():
+    return Engine(load_model(LLAMA, dtype="float64")[0])
+
+
+@pytest.fixture(scope="module", params=["right", "left"])
+def ragged(request):
+    """Pairs of 15, 14 and 12 tokens that differ in the second giver's name."""
+    _, tokenizer = load_model(LLAMA)
+    clean = [text for text, _, _ in RAGGED]
+    corrupted = [text.replace(", John", f", {name}") for text, name, _ in RAGGED]
+    return PromptPairs.from_text(
+        tokenizer,
+        clean=clean,
+        corrupted=corrupted,
+        answers=[answer for _, _, answer in RAGGED],
+        wrong_answers=["John"] * 3,
+        padding_side=request.param,
+    )
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("family", ["attention", "neuron"])
+def test_ragged_pairs_in_a_study(exact_engine, ragged, family, direction):
+    """Scores and truth are means over all pairs, to which a pair adds 0 where it has no token."""
+    engine = exact_engine
+    assert len(set(ragged.lengths.tolist())) == 3
+    case = EngineCase(
+        engine, "t", family, ragged, metric="logit_diff", direction=direction, sample=30, best=8
+    )
+    kinds = ("q", "k", "v", "z") if family == "attention" else ("neuron",)
+    space = engine.plug.space(ragged.clean_ids.shape[1], kinds)
+    moving = [space.node(int(flat)) for flat in case.moving]
+    columns = {node.position for node in moving}
+    first = ragged.starts + ragged.split
+    live = [
+        (columns_of >= f) & (columns_of <= z)
+        for columns_of, f, z in (
+            (torch.arange(space.positions), f, z) for f, z in zip(first, ragged.last, strict=True)
+        )
+    ]
+    assert columns == set(torch.stack(live).any(0).nonzero().flatten().tolist())
+    for method in ("atp", "atp*"):
+        alone = [
+            engine.attribute(pair, "logit_diff", method, kinds, direction, True, False).per_pair
+            for pair in ragged
+        ]
+        wanted = [
+            sum(abs(float(x[n.kind][0, n.layer, n.position, n.index])) for x in alone) / 3
+            for n in moving
+        ]
+        np.testing.assert_allclose(case.estimate(method).scores, wanted, rtol=1e-9, atol=1e-14)
+    ids = case.candidates({method: case.estimate(method).scores for method in case.estimators})
+    nodes = [moving[i] for i in ids]
+    patched = np.abs(case.patcher(ids).effects([[i] for i in range(len(nodes))])).mean(1)
+    chosen = [*np.argsort(-patched)[:6], *range(0, len(nodes), 29)]
+    some = [nodes[i] for i in chosen]
+    exact = np.array(
+        [
+            sum(
+                abs(float(engine.patch(pair, [n], "logit_diff", direction, False).effect))
+                for pair in ragged
+                if pair.attention_mask[0, n.position]
+            )
+            / 3
+            for n in some
+        ]
+    )
+    np.testing.assert_allclose(patched[chosen], exact, rtol=1e-9, atol=1e-12)
+    assert exact.max() > 1e-3
+
+
+@pytest.mark.parametrize("life", [0, 1, 2, 4, 7])
+def test_a_stopped_study_of_a_model_patches_nothing_twice(
+    tiny, ragged, tmp_path, life, monkeypatch
+):
+    """Stopped in the call after `life` of them; what its finished pieces hold is not measured again."""
+    engine, _, _ = tiny
+    plan = Plan(seeds=1, top=15, verified=4, forwards=80, probability=0.2, diagnose=("atp*",))
+
+    def cases():
+        return [EngineCase(engine, "ioi", "neuron", ragged, metric="logit_diff", sample=20, best=5)]
+
+    measured = []
+    own = NodePatcher.effects
+
+    def counted(self, subsets, pair=None):
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+        measured.append(len(subsets))
+        return own(self, subsets, pair)
+
+    monkeypatch.setattr(NodePatcher, "effects", counted)
+    stop = -1
+    whole = run_study(cases(), tmp_path / "whole", plan)
+    once, calls = sum(measured), len(measured)
+    assert calls > 7
+    measured.clear()
+    stop = life
+    with pytest.raises(KeyboardInterrupt):
+        run_study(cases(), tmp_path / "stopped", plan)
+    before, stop = sum(measured), -1
+    measured.clear()
+    again = run_study(cases(), tmp_path / "stopped", plan)
+    named = ("task", "family", "method", "setting", "irwrgm", "cost_10")
+    assert [[row[n] for n in named] for row in again.results] == [
+        [row[n] for n in named] for row in whole.results
+    ]
+    assert sum(measured) <= once
+    if life >= 4:
+        assert sum(measured) < once
+    measured.clear()
+    run_study(cases(), tmp_path / "stopped", plan)
+    assert measured == []
+    assert before <= once
 
 
 def test_family_is_checked(tiny):

@@ -365,6 +365,21 @@ def test_ray_with_a_killed_worker_gives_the_same_bits(tmp_path, two_workers, pai
     assert (manifest["metric"], manifest["pairs"]) == ("difference", 11)
 
 
+def test_two_runs_in_one_process_use_their_own_engines(tmp_path, two_workers, pairs):
+    """Workers that keep the first run's engine do not answer the second with it."""
+    whole = sharded.make_engine().attribute(pairs, metric="nll", nodes=("z",))
+    half = sharded.make_half_engine().attribute(pairs, metric="nll", nodes=("z",))
+    options = {"metric": "nll", "nodes": ("z",), "shard_size": 3}
+    for name, make, wanted in (
+        ("one", sharded.make_engine, whole),
+        ("two", sharded.make_half_engine, half),
+        ("three", sharded.make_engine, whole),
+    ):
+        found = ray_sweep(make, pairs, tmp_path / name, **options)
+        torch.testing.assert_close(found.effect["z"], wanted.effect["z"], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(whole.effect["z"], half.effect["z"], rtol=1e-2)
+
+
 def test_ray_names_the_worker_and_the_pair_that_fail(tmp_path, two_workers, pairs):
     def wrong(logits, pairs):
         return torch.where(pairs.answer_ids == 20 + TROUBLED, torch.nan, logits[:, -1, 0])

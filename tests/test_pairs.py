@@ -174,6 +174,40 @@ def test_column_tokens_are_shown_where_the_pairs_agree():
     assert PromptPairs(ids([1]), ids([2]), torch.tensor([1])).column_tokens() is None
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_column_tokens_and_files_of_ragged_pairs(tokenizer, tmp_path, side):
+    """Labels stand above their own columns; a file gives back ids, padding on the side asked for, and labels."""
+    clean = ["Mary and John went", "John went", "John and Mary went"]
+    corrupted = [text.replace("went", "gave") for text in clean]
+    pairs = PromptPairs.from_text(
+        tokenizer, clean=clean, corrupted=corrupted, answers=[" to"] * 3, padding_side=side
+    )
+    rows = [
+        [tokenizer.decode([i]) for i in pairs.clean_ids[r][pairs.attention_mask[r]]]
+        for r in range(3)
+    ]
+    width = max(map(len, rows))
+    ends = [width - len(row) if side == "left" else 0 for row in rows]
+    seen = [
+        {row[c - e] for row, e in zip(rows, ends, strict=True) if 0 <= c - e < len(row)}
+        for c in range(width)
+    ]
+    assert pairs.column_tokens() == [texts.pop() if len(texts) == 1 else "·" for texts in seen]
+    for row, texts in enumerate(rows):
+        assert pairs.tokens[row] == texts
+        pad = [""] * (width - len(texts))
+        shown = pairs[row].column_tokens()
+        assert [t for t in shown if t != "·"] == texts
+        assert shown.index(texts[0]) == ends[row]
+        assert len(shown) == len(texts) + len(pad)
+    pairs.to_jsonl(tmp_path / "pairs.jsonl")
+    back = PromptPairs.from_jsonl(tmp_path / "pairs.jsonl", tokenizer, padding_side=side)
+    for name in ("clean_ids", "corrupted_ids", "answer_ids", "attention_mask"):
+        assert torch.equal(getattr(back, name), getattr(pairs, name)), name
+    assert back.tokens == pairs.tokens
+    assert back.column_tokens() == pairs.column_tokens()
+
+
 def test_identical_prompts_warn_once_and_name_the_pairs():
     clean, corrupted = ids([1, 2], [3, 4], [5, 6]), ids([1, 2], [3, 5], [5, 6])
     with pytest.warns(UserWarning, match=r"identical in 2 of 3 pairs \(0, 2\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import pickle
@@ -18,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from atp_fast import Attribution, Node, NodeSpace, PatchEffects
+from atp_fast import Attribution, Node, NodeSpace, PatchEffects, PromptPairs
+from atp_fast.cli.folder import write_run
 from atp_fast.files import written_whole
 from atp_fast.results import ScoredNode
 
@@ -222,6 +224,52 @@ def test_totals_are_means_over_pairs_of_each_pairs_own_sum():
     )
     assert found.totals("z", over="head").tolist() == [[(1 + 3 + 10) / 2]]
     assert found.totals("z", over="position").tolist() == [[2.0, 10.0]]
+
+
+ODD = ["a,b", 'say "so"', "two\nlines", "<b>&amp;</b>", "'", "\t", "שלום", "", "\\"]
+
+
+def test_odd_tokens_survive_in_tables_and_pages(tmp_path):
+    """Commas, quotes and line breaks come back from CSV; markup and scripts are text on the page."""
+    found = attribution({"z": 2}, positions=len(ODD), tokens=ODD, model='<img src=x onerror="1">')
+    found.to_csv(tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["token"] for row in rows] == [t for _ in range(2) for t in ODD for _ in range(2)]
+    assert [float(row["effect"]) for row in rows] == pytest.approx(
+        found.effect["z"].flatten().tolist()
+    )
+    pairs = PromptPairs(torch.tensor([[1, 2]]), torch.tensor([[1, 3]]), torch.tensor([1]))
+    write_run(tmp_path, found, pairs, 9)
+    with (tmp_path / "nodes.csv").open(newline="", encoding="utf-8") as file:
+        best = list(csv.DictReader(file))
+    assert [row["token"] for row in best] == [node.token for node in found.top(9)]
+    assert [row["contribution"] for row in best] == [str(n.contribution) for n in found.top(9)]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    title = re.search("<title>(.*?)</title>", page)[1]
+    assert html.unescape(title) == 'atp* of logit_diff on <img src=x onerror="1">'
+    body = page.split("</head>")[1]
+    assert "<img" not in body and "<b>" not in re.sub(r"<script.*?</script>", "", body, flags=re.S)
+    assert "&lt;img src=x onerror=&quot;1&quot;&gt;" in body
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_padded_columns_are_in_no_table(tmp_path, lead):
+    """Padding before or behind: positions keep the user's columns, and their own tokens."""
+    tokens = ["·"] * lead + ["a", "b", "c"] + ["·"] * (2 - lead)
+    counts = torch.tensor([0] * lead + [2, 2, 1] + [0] * (2 - lead))
+    found = attribution({"z": 3, "mlp_out": 1}, positions=5, tokens=tokens, counts=counts)
+    assert len(found) == 2 * 3 * 4
+    table = found.to_dataframe()
+    assert sorted(set(zip(table.position, table.token, strict=True))) == [
+        (lead, "a"),
+        (lead + 1, "b"),
+        (lead + 2, "c"),
+    ]
+    for row in table.itertuples():
+        effect = found.effect[row.kind][row.layer, row.position, row[5]]
+        assert row.effect == pytest.approx(float(effect))
+    assert {node.token for node in found.top(len(found))} == {"a", "b", "c"}
 
 
 def test_heatmaps_are_centred_labelled_and_say_their_sign():
