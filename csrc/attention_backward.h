@@ -12,7 +12,7 @@
 // Key fix: with a = exp(s - lse) and E = exp(s' - lse), w = (a' - a)/(1 - a) = (E - a)/(E + 1 - a),
 // exact enough for every key but the row's top one, where 1 - a may vanish: there w = sigmoid(x') -
 // sigmoid(x) with x = s - loo_lse, against the mean of the others, dP - D_loo = (dP - D) + g . (z -
-// loo_z). Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
+// loo_z). More than 400 lines, since gradients and effects share each tile's work. Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
 // guard.
 
 template <typename R>

@@ -16,6 +16,8 @@ head of the group. Tiles are held transposed, [BLOCK_N, BLOCK_M], so that p and 
 registers. Per tile: 1 product for p and 3 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
 _attention_vjp_query_kernel: BLOCK_M queries of one head, whose g stay on chip; loops over the key blocks in reach.
 Per tile: 1 product for p and 2 per cotangent; bytes: BLOCK_N (head_dim + v_dim) elements.
+
+More than 400 lines: the kernels share one derivation, and Triton wants every pointer and stride named.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ products take the inputs as they are. Four kernels:
      group. Per tile: 2 products for w and 1 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
   4. _top_effects_kernel: the parts of 2, summed by key. The owner of BLOCK_N keys multiplies the rows' one-hot
      choice [BLOCK_N, BLOCK_M] with CHUNK cotangents: a product, in a fixed order, instead of atomics.
+
+More than 400 lines: the kernels are parts of one sum, and Triton wants every pointer and stride named.
 """
 
 from __future__ import annotations

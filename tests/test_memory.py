@@ -269,7 +269,7 @@ def test_many_row_counts_keep_to_a_small_budget() -> None:
     """Nothing is kept for each number of rows that was multiplied: a library's path took a gigabyte here."""
     case = {"nodes": 1280, "pairs": 1, "positions": 48, "budget": "64MiB"}
     (found,) = measured("ten_layers", [case])
-    assert found["row_counts"] >= 200
+    assert found["row_counts"] >= 150
     assert found["peak"] <= (64 + 32) * 2**20, found
 
 

@@ -253,6 +253,35 @@ def test_odd_tokens_survive_in_tables_and_pages(tmp_path):
     assert "&lt;img src=x onerror=&quot;1&quot;&gt;" in body
 
 
+def test_the_page_colours_the_prompt(tmp_path):
+    """The token with the largest summed contribution is the darkest, and each names its best nodes."""
+    tokens, width = ["a", "<b>", "c", "·"], 3
+    counts = torch.tensor([2, 2, 2, 0])
+    contribution = (
+        torch.arange(24.0).reshape(2, 4, width) + torch.tensor([0.0, 9.0, 3.0, 99.0])[:, None]
+    )
+    found = attribution(
+        {"z": width}, tokens=tokens, counts=counts, contribution={"z": contribution},
+        effect={"z": -contribution}, per_pair=None,
+    )  # fmt: skip
+    found.report(tmp_path / "page.html")
+    body = (tmp_path / "page.html").read_text(encoding="utf-8").split("</head>")[1]
+    spans = re.findall(
+        r'<span tabindex="0" style="[^"]*/ ([0-9.]+)\)" title="([^"]*)">([^<]*)<', body
+    )
+    assert [html.unescape(text) for _, _, text in spans] == tokens[:3]
+    totals = contribution.sum((0, 2))[:3]
+    assert [float(alpha) for alpha, _, _ in spans] == pytest.approx(
+        (0.75 * totals / totals.max()).tolist(), abs=1e-3
+    )
+    for position, (_, hint, _) in enumerate(spans):
+        first, *best = html.unescape(hint).split("\n")
+        assert first == f"position {position}, {float(totals[position]):.4g} in all"
+        own = [node for node in found.top(len(found)) if node.position == position][:5]
+        assert best == [f"L{n.layer} H{n.index} z @{position}: {n.contribution:.4g}" for n in own]
+    assert body.index("Top nodes") < body.index("<details>") < body.index("seconds")
+
+
 @pytest.mark.parametrize("lead", [0, 2])
 def test_padded_columns_are_in_no_table(tmp_path, lead):
     """Padding before or behind: positions keep the user's columns, and their own tokens."""

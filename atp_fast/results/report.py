@@ -6,20 +6,26 @@ import html
 import os
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from atp_fast.extras import require
 from atp_fast.files import write_text
+from atp_fast.nodes import label
 from atp_fast.prompts.directions import sign_text
 from atp_fast.results.figures import WIDEST, heatmap, visible
 from atp_fast.results.scores import By, NodeScores, Over
 
 _TOP = 50
+_SEARCHED, _NAMED = 1000, 5
+"""Best nodes among which each token's own are looked for, and how many of them are named."""
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: pre-wrap; }
-td.number { text-align: right; } .scroll { overflow-x: auto; } code { white-space: pre-wrap; }
+.scroll { overflow-x: auto; } .prompt { line-height: 2.2; white-space: pre-wrap; font-size: 1.15rem; }
+.prompt span { padding: .25rem 0; border-radius: .2rem; cursor: help; } summary { cursor: pointer; }
 """
 
 _HOW_TO_READ = (
@@ -37,7 +43,7 @@ _HOW_TO_READ = (
 
 
 def write_report(found: NodeScores, path: str | os.PathLike[str]) -> None:
-    """Write one HTML page that needs no network: summary, top nodes, heat maps of every kind, how to read them.
+    """Write one HTML page that needs no network: the prompt, top nodes, heat maps of every kind, how to read them.
 
     Needs plotly; ImportError says so. Raises OSError naming the path if it cannot be written.
     """
@@ -49,10 +55,12 @@ def write_report(found: NodeScores, path: str | os.PathLike[str]) -> None:
 <title>{html.escape(title)}</title><style>{_STYLE}</style>
 <script>{offline.get_plotlyjs()}</script></head><body>
 <h1>{html.escape(title)}</h1>
-<h2>Summary</h2>{_summary(found)}
+<p>{html.escape(_question(found))}</p>
+{_prompt(found)}
 <h2>Top nodes</h2><div class="scroll">{_top_table(found)}</div>
 <h2>Heat maps</h2>{figures}
 <h2>How to read this</h2>{"".join(f"<p>{text}</p>" for text in _HOW_TO_READ)}
+<details><summary>Where the numbers come from</summary>{_provenance(found)}</details>
 </body></html>
 """
     write_text(path, page)
@@ -75,22 +83,48 @@ def _figures(found: NodeScores) -> Iterator[str]:
             )
 
 
-def _summary(found: NodeScores) -> str:
+def _question(found: NodeScores) -> str:
+    """What was asked, in words."""
     pairs = len(found.clean_value)
-    rows = {
-        "model": found.model,
-        "method": found.method,
-        "metric": found.metric,
-        "direction": f"{found.direction}; {sign_text(found.direction)}",
-        "pairs": str(pairs),
-        "nodes": f"{len(found):,} ({', '.join(found.space.kinds)})",
-        "metric on clean prompts": f"{found.clean_value.double().mean():.5g} (mean)",
-        "metric on corrupted prompts": f"{found.corrupted_value.double().mean():.5g} (mean)",
-        "backend": found.backend,
-        **found.metadata,
-    }
-    if found.tokens is not None:
-        rows["tokens"] = " | ".join(visible(token) for token in found.tokens)
+    clean, corrupted = (
+        float(x.double().mean()) for x in (found.clean_value, found.corrupted_value)
+    )
+    return (
+        f"{len(found):,} nodes ({', '.join(found.space.kinds)}) on {pairs} pair{'s' * (pairs != 1)} of prompts, "
+        f"{found.direction}; {sign_text(found.direction)}. The metric is {clean:.5g} on the clean and "
+        f"{corrupted:.5g} on the corrupted prompts (mean)."
+    )
+
+
+def _prompt(found: NodeScores) -> str:
+    """The tokens, coloured by the contributions of all nodes there; each names its best nodes."""
+    if found.tokens is None:
+        return ""
+    tables = [found.totals(kind, by="contribution", over="position") for kind in found.space.kinds]
+    sums = sum(table.double().cpu().nan_to_num(0, 0, 0).sum(0) for table in tables)
+    assert isinstance(sums, Tensor)
+    largest = float(sums[found.counts > 0].max()) or 1.0
+    best: dict[int, list[str]] = {}
+    for node in found.top(min(_SEARCHED, len(found))):
+        names = best.setdefault(node.position, [])
+        if len(names) < _NAMED:
+            names.append(f"{label(node)}: {node.contribution:.4g}")
+    spans = []
+    for position, token in enumerate(found.tokens):
+        if not int(found.counts[position]):
+            continue
+        total = float(sums[position])
+        hint = "\n".join([f"position {position}, {total:.4g} in all", *best.get(position, [])])
+        spans.append(
+            f'<span tabindex="0" style="background: rgb(5 90 170 / {0.75 * total / largest:.3f})" '
+            f'title="{html.escape(hint)}">{html.escape(visible(token))}</span>'
+        )
+    text = "The prompt, by the contributions of all nodes at a token (point at one for its best)"
+    return f'<h2>{text}</h2><p class="prompt" dir="auto">{"".join(spans)}</p>'
+
+
+def _provenance(found: NodeScores) -> str:
+    rows = {"backend": found.backend, **found.metadata}
     return _table([[html.escape(name), html.escape(value)] for name, value in rows.items()])
 
 
