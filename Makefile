@@ -82,7 +82,7 @@ study: build model
 study-quick: build model
 	$(BIN)/python bench/study.py --quick
 
-# Plants faults one at a time and says which the tests catch: a quarter of an hour on two cores.
+# Plants faults one at a time and says which the tests catch: twenty minutes on two cores.
 mutants: build model
 	$(BIN)/python tests/mutants.py
 

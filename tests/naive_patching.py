@@ -1,6 +1,6 @@
 """Exact patching taken literally: whole forward passes of the plain model, its nodes overwritten by hooks.
 
-Shares nothing with hf.py and patching.py. Every pair is run alone and without padding, a family's modules are named
+Shares nothing with hf/ and patching/. Every pair is run alone and without padding, a family's modules are named
 in a table, and attention is written out in the dtype of its input.
 """
 

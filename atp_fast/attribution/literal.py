@@ -2,8 +2,8 @@
 
 This is what the sweep is tested against and timed against. One ordinary forward pass with hooks records every
 node; the metric is differentiated once for AtP and once more for each layer whose residual write is held clean
-(GradDrop); queries and keys get the QK fix from the dense formulas of ops/reference.py. It shares no code with hf.py and sweep.py, so
-that an error there cannot hide here, and serves the model families of the tests only.
+(GradDrop); queries and keys get the QK fix from the dense formulas of ops/reference.py. It shares no code with hf/ and sweep.py, so that
+an error there cannot hide here, and serves the model families of the tests only.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.tape import LayerTape, Values, keeper
 from atp_fast.hf import FiniteCheck, LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
+from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
 
 
@@ -159,7 +160,7 @@ def run_for_values(
     q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
     """
     values: Values = {"resid_pre": x}
-    visit = keeper(values, (*kinds, "q", "k", "v", "z"))
+    visit = keeper(values, (*kinds, *ATTENTION_KINDS))
     run = LayerRun(plug.backend, visit, runs.prefixes[number], tuple(kinds))
     with torch.no_grad():
         return plug.run_layer(number, x, runs.arguments[number], run), values

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atp_fast.attribution.precision import NarrowCotangents
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
+from atp_fast.nodes import ATTENTION_KINDS
 
 Values = dict[str, Tensor]
 
@@ -28,7 +29,7 @@ def keeper(values: Values, kinds: Sequence[str]) -> Visit:
 class LayerTape:
     """One layer run on its clean input under autograd.
 
-    values: node values on the graph, as `runs.read_values` gives them off it. The attention's output z is a fresh leaf, so
+    values: node values on the graph, as `runs.run_for_values` gives them off it. The attention's output z is a fresh leaf, so
     the layer falls into two graphs, from its input to q, k, v and from z and its input to its output.
     """
 
@@ -45,7 +46,7 @@ class LayerTape:
         """precision: "bf16" to take cotangents through the layer's linear maps in bfloat16."""
         self.x = x.detach().requires_grad_()
         self.values: Values = {"resid_pre": self.x}
-        visit = keeper(self.values, (*kinds, "q", "k", "v", "z"))
+        visit = keeper(self.values, (*kinds, *ATTENTION_KINDS))
         self.run = LayerRun(plug.backend, visit, prefix, tuple(kinds), cut=True)
         with torch.enable_grad(), NarrowCotangents() if precision == "bf16" else nullcontext():
             self.out = plug.run_layer(number, self.x, arguments, self.run)
