@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import zoo
 from atp_fast import Engine, PromptPairs
+from atp_fast.hf.attention import running
 from atp_fast.nodes import Node
 from atp_fast.patching import MissedBound
 
@@ -46,6 +47,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "attention": [c._attn_implementation for c in configs],
         "experts": [c._experts_implementation for c in configs],
         "config": [c.to_dict() for c in configs],
+        "running": running.get(),
         "grad_enabled": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),

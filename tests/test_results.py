@@ -247,6 +247,7 @@ def test_odd_tokens_survive_in_tables_and_pages(tmp_path):
     assert [row["contribution"] for row in best] == [str(n.contribution) for n in found.top(9)]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     title = re.search("<title>(.*?)</title>", page)[1]
+    assert "<" not in title
     assert html.unescape(title) == 'atp* of logit_diff on <img src=x onerror="1">'
     body = page.split("</head>")[1]
     assert "<img" not in body and "<b>" not in re.sub(r"<script.*?</script>", "", body, flags=re.S)
