@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,22 +200,101 @@ def test_study_ranks_methods_and_keeps_the_best_settings(tmp_path):
     assert study.bounds[0]["true_largest_missed"] == contribution[rest].max()
 
 
-@pytest.mark.parametrize("life", [0, 1, 2, 3, 5, 8, 12])
-def test_a_killed_study_started_again_gives_the_same_table(tmp_path, life):
-    cases = [FakeCase("one"), FakeCase("two", pairs=3)]
-    whole = run_study(cases, tmp_path / "whole", PLAN)
-    with pytest.raises(Killed):
-        run_study([FakeCase("one", life=life)], tmp_path / "killed", PLAN)
-    again = [FakeCase("one"), FakeCase("two", pairs=3)]
-    assert timeless(run_study(again, tmp_path / "killed", PLAN)) == timeless(whole)
-    # Finished pieces were not computed again.
-    if life > 3:
-        assert again[0].calls < cases[0].calls
-    assert not list((tmp_path / "killed" / "pieces").glob("*.tmp"))
-    done = [FakeCase("one"), FakeCase("two", pairs=3)]
-    final = run_study(done, tmp_path / "killed", PLAN)
-    assert [case.calls for case in done] == [0, 0]
-    assert final.results == run_study(done, tmp_path / "killed", PLAN).results
+SMALL = Plan(
+    seeds=2, top=20, verified=10, forwards=60, probability=0.2, diagnose=("atp*",), lookahead=2
+)
+
+
+def test_a_study_stopped_at_any_call_goes_on_where_it_was(tmp_path):
+    """The tables are those of one run, and of what was measured only the piece that was stopped is measured again."""
+    done = []  # finished pieces at each call
+
+    def study(folder, life=None):
+        class Watched(FakeCase):
+            def spend(self):
+                done.append(len(list(folder.glob("pieces/*.npz"))))
+                if len(done) - 1 == life:
+                    raise Killed
+
+        done.clear()
+        return run_study([Watched("one", nodes=50), Watched("two", 3, nodes=50)], folder, plan)
+
+    few = [Blocks(9), Blocks(20)], [Hierarchical(3, 3, 2)]
+    plan = replace(
+        SMALL, settings=lambda *_: dict(zip(("blocks", "hierarchical"), few, strict=True))
+    )
+
+    whole = timeless(study(tmp_path / "whole"))
+    calls = len(done)
+    assert calls > 20 and done[-1] > 12
+    for life in range(calls):
+        folder = tmp_path / str(life)
+        with pytest.raises(Killed):
+            study(folder, life)
+        again = done[:life].count(done[life])
+        assert not list(folder.glob("pieces/*.tmp"))
+        assert timeless(study(folder)) == whole
+        assert len(done) == calls - life + again
+    assert timeless(study(folder)) == whole
+    assert done == []
+
+
+def test_truth_in_many_pieces(tmp_path):
+    """More candidates than one piece holds: 2048, 2048 and 403 of them."""
+    case = FakeCase(pairs=2, nodes=4500)
+    plan = Plan(seeds=1, top=60, verified=20, forwards=200, probability=0.2, settings=lambda *_: {})
+    study = run_study([case], tmp_path, plan)
+    assert len(list((tmp_path / "pieces").glob("toy-attention-truth-*"))) == 3
+    effects = case.effects[:, 1:]
+    contribution = np.abs(effects).mean(0)
+    scores = case.estimate("atp*").scores[1:]
+    found = find_top(Given("atp*", scores, 20.0), ToyPatcher(effects), contribution, top=60)
+    (row,) = (row for row in study.results if row["method"] == "atp*")
+    assert row["irwrgm"] == pytest.approx(irwrgm(recall_cost(found.cost), oracle_cost(60, 2)))
+    for bound in study.bounds:
+        left = np.argsort(-case.estimate(bound["method"]).scores[1:], kind="stable")[20:]
+        assert bound["largest_of_all"] == contribution.max()
+        assert bound["true_largest_missed"] == np.abs(effects.mean(0))[left].max()
+        assert bound["true_largest_missed_contribution"] == contribution[left].max()
+
+
+def blocks_of(size):
+    return lambda nodes, pairs: {"blocks": [Blocks(size)]}
+
+
+PLANS = {
+    "seeds": {"seeds": 3},
+    "top": {"top": 5},
+    "verified": {"verified": 5},
+    "forwards": {"forwards": 90},
+    "probability": {"probability": 0.3},
+    "confidence": {"confidence": (0.5,)},
+    "diagnose": {"diagnose": ("atp",)},
+    "limit": {"limit": 30},
+    "lookahead": {"limit": 30, "lookahead": 9},
+    "settings": {"settings": blocks_of(3)},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_pieces_of_another_plan_are_not_taken(tmp_path, name):
+    """What a plan changes is computed again, in the folder of the plan before it."""
+    before = {"lookahead": {"limit": 30}, "settings": {"settings": blocks_of(9)}}.get(name, {})
+    first, second = replace(SMALL, **before), replace(SMALL, **PLANS[name])
+    old = run_study([FakeCase(pairs=2)], tmp_path / "one", first)
+    new = run_study([FakeCase(pairs=2)], tmp_path / "one", second)
+    fresh = run_study([FakeCase(pairs=2)], tmp_path / "two", second)
+    assert timeless(new) == timeless(fresh)
+    assert timeless(new) != timeless(old)
+
+
+def test_pieces_of_another_task_are_not_taken(tmp_path):
+    """Whose file name is the same, for what a file name cannot hold is replaced."""
+    for name, other in (("a*b", "astarb"), ("a b", "a/b")):
+        run_study([FakeCase(name)], tmp_path / "one", SMALL)
+        case = FakeCase(other, pairs=2)
+        new = run_study([case], tmp_path / "one", SMALL)
+        assert timeless(new) == timeless(run_study([FakeCase(other, 2)], tmp_path / "two", SMALL))
 
 
 def test_equal_effects_cost_the_oracle_nothing(tmp_path):
