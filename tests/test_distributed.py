@@ -365,19 +365,29 @@ def test_ray_with_a_killed_worker_gives_the_same_bits(tmp_path, two_workers, pai
     assert (manifest["metric"], manifest["pairs"]) == ("difference", 11)
 
 
-def test_two_runs_in_one_process_use_their_own_engines(tmp_path, two_workers, pairs):
-    """Workers that keep the first run's engine do not answer the second with it."""
-    whole = sharded.make_engine().attribute(pairs, metric="nll", nodes=("z",))
-    half = sharded.make_half_engine().attribute(pairs, metric="nll", nodes=("z",))
-    options = {"metric": "nll", "nodes": ("z",), "shard_size": 3}
-    for name, make, wanted in (
-        ("one", sharded.make_engine, whole),
-        ("two", sharded.make_half_engine, half),
-        ("three", sharded.make_engine, whole),
+def test_runs_in_one_process_use_their_own_engines_and_options(tmp_path, two_workers, pairs):
+    """Workers that keep an earlier run's engine, or what it was asked, do not answer a later one with it."""
+    common = {"metric": "nll", "nodes": ("z",), "shard_size": 3}
+    founds = []
+    for number, (make, options) in enumerate(
+        (
+            (sharded.make_engine, {"method": "atp"}),
+            (sharded.make_half_engine, {"method": "atp"}),
+            (sharded.make_engine, {"method": "atp", "direction": "denoising", "per_pair": True}),
+            (sharded.make_engine, {"method": "atp+graddrop", "per_pair": True}),
+        )
     ):
-        found = ray_sweep(make, pairs, tmp_path / name, **options)
-        torch.testing.assert_close(found.effect["z"], wanted.effect["z"], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(whole.effect["z"], half.effect["z"], rtol=1e-2)
+        asked = {**common, **options}
+        found = ray_sweep(make, pairs, tmp_path / f"ray {number}", **asked)
+        wanted = attribute_sharded(make(), pairs, tmp_path / f"alone {number}", **asked)
+        assert_same_bits(found, wanted)
+        assert (found.method, found.direction) == (wanted.method, wanted.direction)
+        assert (found.per_pair is None) == (wanted.per_pair is None)
+        if found.per_pair is not None and wanted.per_pair is not None:
+            assert torch.equal(found.per_pair["z"], wanted.per_pair["z"])
+        for earlier in founds:
+            assert not torch.allclose(earlier, found.contribution["z"], rtol=1e-2)
+        founds.append(found.contribution["z"])
 
 
 def test_ray_names_the_worker_and_the_pair_that_fail(tmp_path, two_workers, pairs):

@@ -28,6 +28,7 @@ from atp_fast.study import (
     write_study,
 )
 from atp_fast.study.memo import Memo
+from atp_fast.study.report import curves_figure, draw_png, summary
 from toy_patchers import ToyPatcher
 
 TRUTH = np.array([[0.0, -4.0, 1.0, 2.0, 0.5, -0.25], [0.0, 4.0, 1.0, -2.0, 0.5, 0.25]])
@@ -344,10 +345,71 @@ def test_study_writes_tables_curves_and_summary(tmp_path):
     assert "## two, attention nodes" in text
     assert "a backward 2" in text
     assert "| top 20 of atp* |" in text
-    html = paths[5].read_text()
-    assert "hierarchical" in html
+    for path, table in zip(paths, timeless(study), strict=False):
+        with path.open(newline="") as file:
+            written = list(csv.DictReader(file))
+        for row, wanted in zip(written, table, strict=True):
+            for name, value in wanted.items():
+                number = isinstance(value, float)
+                assert (float(row[name]) if number else row[name]) == (
+                    pytest.approx(value, rel=1e-5) if number else str(value)
+                )
     assert paths[6].read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_the_summary_says_the_numbers_of_the_tables(tmp_path):
+    study = run_study([FakeCase("two", pairs=3)], tmp_path, PLAN)
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in summary(study, "A study", "a machine").splitlines()
+        if line.startswith("|")
+    ]
+    header, _, *methods = lines[: 2 + len(study.results)]
+    assert header[:5] == ["method", "setting", "IRWRGM", "lowest to highest", "IRWRGM 90 %"]
+    assert header[5:7] == ["cost(1)", "cost(10)"]
+    rows = {row["method"]: row for row in study.results}
+    assert {line[0] for line in methods} == set(rows)
+    assert methods[0][0] == "oracle"
+    for line in methods:
+        row = rows[line[0]]
+        assert line[1:5] == [
+            row["setting"],
+            f"{row['irwrgm']:.3g}",
+            f"{row['irwrgm_lowest']:.3g} to {row['irwrgm_highest']:.3g}",
+            f"{row['irwrgm_90']:.3g}",
+        ]
+        for cell, k in zip(line[5:7], (1, 10), strict=True):
+            assert float(cell.replace(",", "")) == pytest.approx(row[f"cost_{k}"], rel=6e-3)
+    ranked = [rows[line[0]]["irwrgm"] for line in methods[1:]]
+    assert ranked == sorted(ranked)
+    header, _, bounds = lines[2 + len(study.results) :]
+    assert header[1:4] == ["90 %", "99 %", "99.9 %"]
+    assert bounds[0] == "top 20 of atp*"
+    first = study.bounds[0]
+    missed = [first["true_largest_missed"], first["true_largest_missed_contribution"]]
+    assert bounds[1:] == [f"{x:.3g}" for x in [*(b["bound"] for b in study.bounds), *missed]]
+
+
+def test_curves_are_the_table_s_as_far_as_costs_are_known(tmp_path):
+    """A title is text: plotly reads tags in it, matplotlib formulas."""
+    title = "A <b>study</b> of a$b_{$"
+    plan = replace(PLAN, limit=10, lookahead=1, seeds=1)
+    study = run_study([FakeCase("one"), FakeCase("two", pairs=3)], tmp_path, plan)
+    figure = curves_figure(study, title)
+    assert figure.layout.title.text == "A &lt;b&gt;study&lt;/b&gt; of a$b_{$"
+    assert [note.text for note in figure.layout.annotations] == ["one, attention", "two, attention"]
+    assert any(row["lower_bound"] for row in study.curves)
+    wanted = {}
+    for row in study.curves:
+        if not row["lower_bound"]:
+            name = row["method"] + ("" if row["recall"] == 1.0 else ", 90 %")
+            wanted.setdefault((row["task"], name), []).append((row["k"], row["cost"]))
+    axes = {"x": "one", "x2": "two"}
+    shown = {(axes[t.xaxis], t.name): list(zip(t.x, t.y, strict=True)) for t in figure.data}
+    assert shown == wanted
+    draw_png(study, tmp_path / "curves.png", title)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input(tmp_path):
