@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import zoo
-from atp_fast import Attribution, Engine, PatchEffects, load_model, metrics, tasks
+from atp_fast import Attribution, Engine, PatchEffects, PromptPairs, load_model, metrics, tasks
 from atp_fast.cli import app, options
 from atp_fast.nodes import label
 from atp_fast.prompts import Direction
@@ -491,6 +491,29 @@ def test_verify_of_more_nodes_than_there_are(tmp_path: Path) -> None:
         nodes = PatchEffects.load(done / "verified.safetensors").nodes
         assert nodes == found.top(len(found.to_dataframe(kinds)), kinds)
         assert nodes is not None and len(nodes) == len(found.to_dataframe(kinds))
+
+
+@pytest.mark.parametrize("lead", [(2, 2), (0, 1)], ids=["wider", "ragged"])
+def test_a_run_in_other_columns_than_its_pairs(tmp_path: Path, lead: tuple[int, int]) -> None:
+    """The file of pairs has no left padding: positions would mean other tokens, so later verbs refuse."""
+    model, tokenizer = load_model(LLAMA)
+    pairs = tasks.load_task("ioi", tokenizer, n_pairs=2)
+    clean, corrupted, mask = (
+        torch.nn.functional.pad(x, (min(lead), 0))
+        for x in (pairs.clean_ids, pairs.corrupted_ids, pairs.attention_mask)
+    )
+    mask[1, : max(lead)] = False
+    pairs = PromptPairs(
+        clean, corrupted, pairs.answer_ids, pairs.wrong_answer_ids, attention_mask=mask
+    )
+    assert pairs.starts.tolist() == list(lead)
+    found = Engine(model).attribute(pairs, nodes=["z"], progress=False)
+    found.save(tmp_path / "run.safetensors")
+    pairs.to_jsonl(tmp_path / "pairs.jsonl")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "must hold pairs in the columns of" in " ".join(result.stderr.split())
+    assert not (tmp_path / "verified.safetensors").exists()
 
 
 def test_a_report_of_the_file_and_of_its_folder(tmp_path: Path) -> None:
