@@ -115,6 +115,7 @@ def attribute(calls: Calls, folder: Path) -> set[str]:
     assert (sharded["metric"], sharded["method"]) == ("prob_diff", "atp+qk")
     assert (sharded["nodes"], sharded["direction"]) == (("z", "attn_out"), "denoising")
     assert (sharded["shard_size"], sharded["folder"]) == (2, folder / "task" / "shards")
+    assert not (folder / "task" / "shards").exists()  # the run is done
     assert "Top 3 nodes" in out
     with (folder / "task" / "nodes.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 1 + 4

@@ -385,6 +385,7 @@ def test_study_command_goes_on_where_it_was(tmp_path):
     stdout, _ = run(*options)
     for name in ("results.csv", "bounds.csv", "summary.md", "curves.html", "curves.png"):
         assert f"wrote {tmp_path / name}" in stdout
+    assert (tmp_path / "summary.md").read_text().startswith(f"# Method study on {LLAMA}\n")
     first = (tmp_path / "results.csv").read_text()
     assert "ioi,attention,2," in first
     pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
