@@ -100,12 +100,19 @@ def test_shards_add_up_to_the_whole(tmp_path, direction):
     found = attribute_sharded(engine, pairs, tmp_path, shard_size=3, **options)
     expected = engine.attribute(pairs, **options)
     assert torch.equal(found.counts, expected.counts)
+    assert found.tokens == expected.tokens
     for kind in expected.space.kinds:
         for name in ("contribution", "effect", "per_pair"):
             a, b = getattr(found, name)[kind], getattr(expected, name)[kind]
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(found.clean_value, expected.clean_value)
     assert (found.direction, found.method) == (direction, "atp+qk")
+    seconds = [
+        float(Attribution.load(tmp_path / name).metadata["seconds"])
+        for name in shard_files(tmp_path)
+    ]
+    assert float(found.metadata["seconds"]) == pytest.approx(sum(seconds), abs=1e-3)
+    assert sum(seconds) > max(seconds) > 0
 
 
 def test_every_pair_is_in_one_shard_and_late_splits_go_together(pairs):
@@ -120,6 +127,17 @@ def test_a_finished_run_computes_nothing_again(tmp_path, engine, pairs, monkeypa
     first = attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
     monkeypatch.setattr(engine, "attribute", lambda *a, **k: pytest.fail("a pair was run again"))
     assert_same_bits(attribute_sharded(engine, pairs, tmp_path, **OPTIONS), first)
+
+
+def test_a_shard_of_other_pairs_is_computed_again(tmp_path, engine, pairs):
+    """A file that is whole and of this model, but under another shard's number."""
+    first = attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
+    right = (tmp_path / "000002.safetensors").read_bytes()
+    (tmp_path / "000002.safetensors").write_bytes((tmp_path / "000000.safetensors").read_bytes())
+    assert_same_bits(attribute_sharded(engine, pairs, tmp_path, **OPTIONS), first)
+    again = Attribution.load(tmp_path / "000002.safetensors")
+    (tmp_path / "right").write_bytes(right)
+    assert_same_bits(again, Attribution.load(tmp_path / "right"))
 
 
 def test_progress_counts_pairs_and_is_quiet_in_a_pipe(tmp_path, engine, pairs, capsys):
@@ -166,6 +184,34 @@ def test_other_columns_other_model_and_other_dtype_are_other_runs(tmp_path, engi
         attribute_sharded(other, pairs, tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="dtype is 'float32' there and 'float64' here"):
         attribute_sharded(other, pairs, tmp_path, **OPTIONS)
+
+
+def test_other_precision_backend_and_width_are_other_runs(tmp_path, engine, pairs):
+    """Each alone: numbers or shapes differ, so the manifest must."""
+    attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
+    model = engine.model
+    for other, message in (
+        (sharded.Engine(model, precision="bf16"), "precision is None there and 'bf16' here"),
+        (sharded.Engine(model, "reference"), "backend is 'cpp' there and 'reference' here"),
+    ):
+        with pytest.raises(ValueError, match=f"another one: {message}; take"):
+            attribute_sharded(other, pairs, tmp_path, **OPTIONS)
+    wide = torch.nn.functional.pad
+    wider = PromptPairs(
+        wide(pairs.clean_ids, (0, 1)),
+        wide(pairs.corrupted_ids, (0, 1)),
+        pairs.answer_ids,
+        pairs.wrong_answer_ids,
+        attention_mask=wide(pairs.attention_mask, (0, 1)),
+    )
+    assert wider.digest() == pairs.digest()
+    with pytest.raises(ValueError, match="positions is 12 there and 13 here, columns_digest is"):
+        attribute_sharded(engine, wider, tmp_path, **OPTIONS)
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    record["model_class"] = "OtherForCausalLM"
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="model_class is 'OtherForCausalLM' there and 'Llama"):
+        attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
 
 
 def test_shards_without_a_manifest_and_a_broken_manifest_are_refused(tmp_path, engine, pairs):
