@@ -304,6 +304,10 @@ def test_removing_shards_leaves_what_is_not_theirs(tmp_path, engine, pairs):
     assert not (tmp_path / "more").exists()
     remove_shards(tmp_path)
     assert folder.exists()
+    for name in ("run.safetensors", "000000.safetensors"):  # without a manifest no shards
+        (folder / name).write_bytes(b"mine")
+    remove_shards(folder)
+    assert len(list(folder.iterdir())) == 3
 
 
 # ---- many processes

@@ -253,6 +253,16 @@ OK = {"clean_ids": ids([1, 2]), "corrupted_ids": ids([1, 3]), "answer_ids": torc
             "wrong_answer_ids must differ from answer_ids, got 4 for both in pair 0",
         ),
         ({"attention_mask": [[1, 1]]}, TypeError, "attention_mask must be a tensor"),
+        (
+            {"attention_mask": ids([1, 1]).to("meta")},
+            ValueError,
+            "attention_mask must be on cpu as clean_ids is, got meta",
+        ),
+        (
+            {"answer_ids": torch.tensor([4], device="meta")},
+            ValueError,
+            "answer_ids must be on cpu as clean_ids is, got meta",
+        ),
         ({"attention_mask": ids([1])}, ValueError, r"attention_mask must have shape \(1, 2\)"),
         ({"attention_mask": ids([1, 2])}, ValueError, "1 on real tokens and 0 on padding"),
         ({"attention_mask": ids([0, 0])}, ValueError, "at least one token, got none in pair 0"),
@@ -380,6 +390,56 @@ def test_an_answer_without_its_space_is_another_token_and_warns():
             tokenizer, clean=["Michael gave to"], corrupted=["Jessica gave to"], answers=["Jessica"]
         )
     assert pairs.answer_ids.tolist() == alone
+
+
+def test_an_answer_after_a_bracket_needs_no_space():
+    tokenizer = bpe("Michael gave to ( Michael MichaelJessica Jessica Jessica gave Jessica (")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = PromptPairs.from_text(
+            tokenizer,
+            clean=["Michael gave to ("],
+            corrupted=["Jessica gave to ("],
+            answers=["Jessica"],
+        )
+    assert tokenizer.decode(pairs.answer_ids) == "Jessica"
+
+
+class Merging:
+    """A tokenizer that writes the end of a prompt otherwise where something follows: "ab" is 1, "abc" is 2, 3.
+
+    It puts the special tokens `first` ahead.
+    """
+
+    bos_token_id = eos_token_id = pad_token_id = unk_token_id = None
+
+    def __init__(self, *first):
+        self.first = list(first)
+        self.table = {"ab": [1], "xb": [5], "abc": [2, 3], "c": [4], " c": [6], "a": [7]}
+
+    def __call__(self, texts, add_special_tokens):
+        first = self.first if add_special_tokens else []
+        return {"input_ids": [first + self.table[text] for text in texts]}
+
+    def decode(self, ids, **_):
+        return "".join(f"<{i}>" for i in ids)
+
+
+def test_an_answer_that_changes_its_prompt_s_tokens_is_the_one_that_stands_alone():
+    with pytest.warns(UserWarning, match="'c' has no leading space"):
+        pairs = PromptPairs.from_text(Merging(), clean=["ab"], corrupted=["xb"], answers=["c"])
+    assert pairs.clean_ids.tolist() == [[1]]
+    assert pairs.answer_ids.tolist() == [4]
+
+
+@pytest.mark.parametrize("first", [(), (8,), (8, 9)])
+def test_all_that_a_tokenizer_puts_first_is_kept(first):
+    with pytest.warns(UserWarning, match="no leading space"):
+        pairs = PromptPairs.from_text(
+            Merging(*first), clean=["ab"], corrupted=["xb"], answers=["c"]
+        )
+    assert pairs.clean_ids.tolist() == [[*first, 1]]
+    assert pairs.corrupted_ids.tolist() == [[*first, 5]]
 
 
 def test_words_a_word_level_tokenizer_does_not_know_are_refused():
