@@ -597,6 +597,76 @@ def test_csv_with_labels(tmp_path):
         PromptPairs.from_csv(number, tokenizer)
 
 
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_files_are_read_with_bos_or_without(tmp_path, prepend_bos):
+    chat = bpe(chat_template="{{ '<|endoftext|>' + message['role'] }}")  # by itself without
+    clean, corrupted = IOI.format("Michael"), IOI.format("Ashley")
+    wanted = ioi(chat, prepend_bos=prepend_bos, wrong_answers=None)
+    first = ["<|endoftext|>"] * prepend_bos + ["When"]
+    assert wanted.tokens[0][: len(first)] == first
+    record = {"clean": clean, "corrupted": corrupted, "answer": " Jessica"}
+    jsonl = write(tmp_path / "p.jsonl", json.dumps(record))
+    table = write(tmp_path / "p.csv", "clean,corrupted,label", f'"{clean}","{corrupted}", Jessica')
+    for found in (
+        PromptPairs.from_jsonl(jsonl, chat, prepend_bos=prepend_bos),
+        PromptPairs.from_csv(table, chat, prepend_bos=prepend_bos),
+    ):
+        assert found.digest() == wanted.digest()
+
+
+def test_only_ioi_files_have_their_answers_looked_for(tokenizer, tmp_path):
+    """Answers of other files need not stand in their prompts: no warning."""
+    (answer,), (wrong,) = tokenizer([" Spain", " China"])["input_ids"]
+    path = write(
+        tmp_path / "p.csv",
+        "clean,corrupted,correct_idx,incorrect_idx",
+        f"City: Barcelona,City: Beijing,{answer},{wrong}",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = PromptPairs.from_csv(path, tokenizer)
+    assert (pairs.answer_ids.tolist(), pairs.wrong_answer_ids.tolist()) == ([answer], [wrong])
+
+
+def test_all_tensors_move_to_a_device():
+    pairs = PromptPairs(
+        ids([1, 2]), ids([1, 3]), torch.tensor([4]), torch.tensor([5]), tokens=[["a", "b"]]
+    )
+    moved = pairs.to("meta")
+    tensors = {name: x for name, x in vars(moved).items() if isinstance(x, torch.Tensor)}
+    assert len(tensors) == 5
+    assert {x.device.type for x in tensors.values()} == {"meta"}
+    assert moved.tokens == pairs.tokens and pairs.device.type == "cpu"
+
+
+def test_years_of_two_digits_are_halfway_to_the_ends_of_the_century(tmp_path):
+    prompt = "The war lasted from the year 17{} to the year 17"
+    years = " ".join(f"{year:02d}" for year in range(100))
+    tokenizer = bpe(f"{prompt.format('')} {years}", digits=2)
+    wanted = {11: ("55", "05"), 32: ("66", "16"), 61: ("80", "30"), 98: ("99", "49")}
+    path = write(
+        tmp_path / "years.csv",
+        "clean,corrupted,label",
+        *(f"{prompt.format(year)},{prompt.format('01')},{year}" for year in wanted),
+    )
+    pairs = PromptPairs.from_csv(path, tokenizer)
+    found = zip(pairs.answer_ids.tolist(), pairs.wrong_answer_ids.tolist(), strict=True)
+    assert [tuple(tokenizer.decode([i]) for i in row) for row in found] == list(wanted.values())
+
+
+def test_labels_of_two_kinds_are_refused(tmp_path):
+    prompt = "The war lasted from the year 17{} to the year 17"
+    tokenizer = bpe(prompt.format(" to the year"), digits=1)
+    lines = [
+        f"{prompt.format(32)},{prompt.format('01')},32",
+        "The war lasted,The year lasted, from",
+    ]
+    for order in (lines, lines[::-1]):
+        path = write(tmp_path / "both.csv", "clean,corrupted,label", *order)
+        with pytest.raises(ValueError, match=r"both.csv must have labels of one kind: years or"):
+            PromptPairs.from_csv(path, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

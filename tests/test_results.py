@@ -347,7 +347,8 @@ def test_hostile_texts_in_the_scatter_plot():
 def test_left_padding_moves_positions_and_nothing_else(tmp_path, direction):
     """Tables of pairs of one length, padded by two columns on the left and on the right."""
     model, tokenizer = load_model(LLAMA, dtype="float64")
-    plain, engine = tasks.load_task("ioi", tokenizer, n_pairs=2), Engine(model)
+    plain, engine = PromptPairs.concat([tasks.ioi_pair(tokenizer)] * 2), Engine(model)
+    assert plain.tokens != plain.corrupted_tokens
     length, rows = plain.clean_ids.shape[1], {}
     for side, lead in (("right", 0), ("left", 2)):
         pad = (lead, 2 - lead)
