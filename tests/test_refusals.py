@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
@@ -342,6 +344,35 @@ def test_other_heads_than_a_language_model_s(head: type[nn.Module], error: type[
     with pytest.raises(error, match=reason) as caught:
         Engine(model.eval())
     assert inspect_model(model).reason == str(caught.value)
+
+
+def test_the_text_half_of_a_model_with_images() -> None:
+    """Its heads are named in text_config only; on text it gives the numbers of the text model."""
+    text = zoo.build("gemma3", dtype=torch.float32)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text.config.to_dict(),
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            image_token_index=47,
+            boi_token_index=46,
+            eoi_token_index=45,
+        )
+    ).eval()
+    assert not hasattr(whole.config, "num_attention_heads")
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    pairs = zoo.random_pairs(text, 2, 6)
+    pairs = PromptPairs(pairs.clean_ids % 40 + 1, pairs.corrupted_ids % 40 + 1, pairs.answer_ids)
+    found, wanted = (
+        Engine(model).attribute(pairs, "nll", nodes=["k", "neuron"], progress=False).contribution
+        for model in (whole, text)
+    )
+    for kind, right in wanted.items():
+        assert right.abs().max() > 0
+        assert (found[kind] - right).abs().max() <= 1e-5 * right.abs().max()
 
 
 def no_neurons(model: PreTrainedModel) -> None:
