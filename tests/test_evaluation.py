@@ -391,6 +391,31 @@ def test_the_summary_says_the_numbers_of_the_tables(tmp_path):
     assert bounds[1:] == [f"{x:.3g}" for x in [*(b["bound"] for b in study.bounds), *missed]]
 
 
+def test_curves_and_rows_are_means_over_seeds(tmp_path):
+    """Both recalls of one setting, walked again without a study; what its seeds measured is added up."""
+    plan = replace(SMALL, seeds=3, settings=lambda *_: {"blocks": [Blocks(9)]})
+    case = FakeCase(pairs=2)
+    study = run_study([case], tmp_path, plan)
+    effects = case.effects[:, 1:]
+    contribution, measured, found = np.abs(effects).mean(0), 0.0, []
+    for seed in range(3):
+        memo = Memo(ToyPatcher(effects), effects)
+        found.append(find_top(Blocks(9), memo, contribution, top=20, seed=seed).cost)
+        measured += memo.measured
+    (row,) = (row for row in study.results if row["method"] == "blocks")
+    assert (row["seeds"], row["study_forwards"]) == (3, measured)
+    assert {row["seeds"] for row in study.results} == {3}
+    for recall in (1.0, 0.9):
+        costs = np.exp(np.mean([np.log(recall_cost(cost, recall)) for cost in found], axis=0))
+        curve = [c for c in study.curves if c["method"] == "blocks" and c["recall"] == recall]
+        ks = [c["k"] for c in curve]
+        assert (ks[0], ks[-1]) == (1, 20)
+        assert [c["cost"] for c in curve] == pytest.approx([costs[k - 1] for k in ks])
+        oracle = oracle_cost(20, 2, recall)
+        assert [c["oracle"] for c in curve] == [oracle[k - 1] for k in ks]
+        assert not any(c["lower_bound"] for c in curve)
+
+
 def test_curves_are_the_table_s_as_far_as_costs_are_known(tmp_path):
     """A title is text: plotly reads tags in it, matplotlib formulas."""
     title = "A <b>study</b> of a$b_{$"
