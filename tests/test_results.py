@@ -379,6 +379,7 @@ def test_left_padding_moves_positions_and_nothing_else(tmp_path, direction):
         shown = (plain.swapped() if direction == "denoising" else plain).column_tokens()
         assert found.tokens[lead : lead + length] == shown
         exact = engine.patch(pairs, found.top(3), direction=direction, progress=False)
+        assert exact.tokens == found.tokens
         assert exact.table()["token"] == [node.token for node in found.top(3)]
     texts = ("kind", "layer", "position", "token", "index")
     for right, left in zip(rows["right"], rows["left"], strict=True):
