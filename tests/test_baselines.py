@@ -267,6 +267,16 @@ def test_paper_settings_fit_the_number_of_nodes():
     assert [b.size for b in paper_settings(10)["blocks"]] == [2, 6]
 
 
+def test_a_limit_is_in_forwards_on_all_pairs():
+    """1000 nodes on 4 pairs and 100 forwards: at most 25 blocks, or 100 subsets of one pair each."""
+    settings = paper_settings(1000, pairs=4, limit=100, lookahead=7)
+    assert [b.size for b in settings["blocks"]] == [60, 250]
+    assert [h.levels for h in settings["hierarchical"]] == [4, 5, 6, 7]
+    assert {h.lookahead for h in settings["hierarchical"]} == {7}
+    assert [s.subsets for s in settings["subsampling"]] == [20, 50, 100] * 2
+    assert settings["iterative"] == [Iterative()]
+
+
 class FakePatching:
     """What NodePatcher asks of the pairs' runs."""
 

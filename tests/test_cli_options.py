@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib
 import inspect
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import typer
+from torch import Tensor
 from typer.testing import CliRunner
 
+import zoo
 from atp_fast import Attribution, Engine, PatchEffects, PromptPairs, load_model, metrics, tasks
 from atp_fast.cli import app, options
+from atp_fast.nodes import label
+from atp_fast.prompts import Direction
+from atp_fast.results.agreement import agreement
 from atp_fast.study import Study
 
 DATA = Path(__file__).parent / "data"
@@ -107,6 +115,7 @@ def attribute(calls: Calls, folder: Path) -> set[str]:
     assert (sharded["metric"], sharded["method"]) == ("prob_diff", "atp+qk")
     assert (sharded["nodes"], sharded["direction"]) == (("z", "attn_out"), "denoising")
     assert (sharded["shard_size"], sharded["folder"]) == (2, folder / "task" / "shards")
+    assert not (folder / "task" / "shards").exists()  # the run is done
     assert "Top 3 nodes" in out
     with (folder / "task" / "nodes.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 1 + 4
@@ -133,6 +142,11 @@ def attribute(calls: Calls, folder: Path) -> set[str]:
     return {*given, *text, "--pairs"}
 
 
+def moved_model(folder: Path) -> Path:
+    """The model under another name than the run has for it."""
+    return Path(shutil.copytree(LLAMA, folder / "moved"))
+
+
 def finished(folder: Path) -> Path:
     task = ("--task", "ioi_pair", "--metric", "nll", "--direction", "denoising")
     run("attribute", "--model", LLAMA, *task, "--nodes", "q,z,mlp_out", "--out", folder)
@@ -146,11 +160,11 @@ def verify(calls: Calls, folder: Path) -> set[str]:
         "--top": 6,
         "--nodes": "q, mlp_out",
         "--worst": 2,
-        "--model": LLAMA,
+        "--model": moved_model(folder),
         "--backend": "reference",
     }
     out = run("verify", done, *(x for pair in given.items() for x in pair))
-    assert only(calls, "load_model") == {"name": LLAMA, "dtype": "float32"}
+    assert only(calls, "load_model") == {"name": str(folder / "moved"), "dtype": "float32"}
     assert only(calls, "Engine.__init__")["backend"] == "reference"
     patch = only(calls, "Engine.patch")
     assert (patch["metric"], patch["direction"]) == ("nll", "denoising")
@@ -169,11 +183,11 @@ def diagnose(calls: Calls, folder: Path) -> set[str]:
         "--confidence": "0.6,0.8",
         "--nodes": "z, q",
         "--seed": 9,
-        "--model": LLAMA,
+        "--model": moved_model(folder),
         "--backend": "reference",
     }
     run("diagnose", done, *(x for pair in given.items() for x in pair))
-    assert only(calls, "load_model") == {"name": LLAMA, "dtype": "float32"}
+    assert only(calls, "load_model") == {"name": str(folder / "moved"), "dtype": "float32"}
     assert only(calls, "Engine.__init__")["backend"] == "reference"
     asked = only(calls, "Engine.bound_missed")
     assert asked["exclude"] == PatchEffects.load(done / "verified.safetensors").nodes
@@ -284,7 +298,8 @@ def options_of(verb: str) -> set[str]:
 
 def test_every_verb_is_here() -> None:
     command: Any = typer.main.get_command(app)
-    assert set(command.commands) - {"mib"} == set(VERBS)
+    assert set(command.commands) == set(VERBS)
+    assert {p.name for p in command.params} == {"debug", "version"}  # in test_cli.py
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -312,53 +327,245 @@ def test_the_names_in_the_help_are_those_there_are() -> None:
     assert set(options.TASK_NAMES.split(", ")) == set(tasks.TASKS)
 
 
+class Chain(NamedTuple):
+    """Options none of which is a default. some: the kinds that verify and diagnose are asked for, the run's when None."""
+
+    metric: str
+    method: str
+    direction: Direction
+    dtype: str
+    precision: str | None
+    backend: str
+    nodes: str
+    some: str | None
+    seed: int
+
+
 CHAINS = [
-    ("prob_diff", "denoising", None, "k,z,mlp_out", "z,mlp_out"),
-    ("kl", "noising", "bf16", "q,v,resid_pre", "q,v,resid_pre"),
-    ("nll", "denoising", "bf16", "z,neuron", "z"),
+    Chain(
+        "prob_diff", "atp+qk", "denoising", "float64", None, "cpp", "k,z,mlp_out", "z,mlp_out", 1
+    ),
+    Chain("kl", "atp", "noising", "float64", "bf16", "reference", "q,v,resid_pre", None, 2),
+    Chain("nll", "atp+graddrop", "denoising", "float32", "bf16", "cpp", "z,neuron", "z", 3),
+    Chain("logit_diff", "atp*", "denoising", "float64", None, "reference", "attn_out,k", None, 4),
 ]
 
 
-@pytest.mark.parametrize(("metric", "direction", "precision", "nodes", "some"), CHAINS)
-def test_chained_verbs_give_the_numbers_of_the_engine(
-    tmp_path: Path, metric: str, direction: Any, precision: str | None, nodes: str, some: str
-) -> None:
-    model, tokenizer = load_model(LLAMA, dtype="float64")
-    pairs = tasks.load_task("ioi", tokenizer, n_pairs=3, seed=1)
+def cells(printed: str) -> list[list[str]]:
+    """The rows of the table in what a verb printed."""
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def page_text(path: Path) -> str:
+    """What a page says to who reads it."""
+    body = re.sub(r"<(script|style).*?</\1>", " ", path.read_text(encoding="utf-8"), flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain.metric}-{chain.direction}")
+def test_chained_verbs_give_the_numbers_of_the_engine(tmp_path: Path, chain: Chain) -> None:
+    """attribute, verify, diagnose and report, beside the engine asked the same."""
+    model, tokenizer = load_model(LLAMA, dtype=chain.dtype)
+    pairs = tasks.load_task("ioi", tokenizer, n_pairs=3, seed=chain.seed)
     budget = "400KB"
-    engine = Engine(model, "reference", precision, budget)
-    kinds, few = nodes.split(","), some.split(",")
-    found = engine.attribute(pairs, metric, "atp+qk", kinds, direction, progress=False)
-    asked = ["--task", "ioi", "--n-pairs", 3, "--seed", 1, "--metric", metric, "--method", "atp+qk"]
-    asked += ["--nodes", nodes, "--direction", direction, "--backend", "reference"]
-    asked += ["--dtype", "float64", "--memory-budget", budget, "--out", tmp_path]
-    asked += ["--precision", precision] if precision else []
-    run("attribute", "--model", LLAMA, *asked)
+    engine = Engine(model, chain.backend, chain.precision, budget)
+    kinds = chain.nodes.split(",")
+    few = kinds if chain.some is None else chain.some.split(",")
+    some = [] if chain.some is None else ["--nodes", chain.some]
+    found = engine.attribute(
+        pairs, chain.metric, chain.method, kinds, chain.direction, progress=False
+    )
+    asked = ["--task", "ioi", "--n-pairs", 3, "--seed", chain.seed, "--metric", chain.metric]
+    asked += ["--method", chain.method, "--nodes", chain.nodes, "--direction", chain.direction]
+    asked += ["--backend", chain.backend, "--dtype", chain.dtype, "--memory-budget", budget]
+    asked += ["--precision", chain.precision] if chain.precision else []
+    out = run("attribute", "--model", LLAMA, *asked, "--out", tmp_path)
     saved = Attribution.load(tmp_path / "run.safetensors")
+    assert saved.space.kinds == found.space.kinds
     for kind in kinds:
         assert torch.equal(saved.contribution[kind], found.contribution[kind])
         assert torch.equal(saved.effect[kind], found.effect[kind])
-    run("verify", tmp_path, "--top", 7, "--nodes", some, "--backend", "reference")
+    assert saved.tokens == found.tokens
+    clean, corrupted = float(found.clean_value.mean()), float(found.corrupted_value.mean())
+    assert abs(clean - corrupted) > 0.01
+    said = " ".join(out.split())
+    assert f"{chain.metric} {clean:.4f} clean, {corrupted:.4f} corrupted" in said
+    assert f"{chain.method} on " in said and f"3 pairs, {chain.direction}, " in said
+    assert f"backend {chain.backend}: " in said
+
+    out = run("verify", tmp_path, "--top", 7, "--worst", 3, *some, "--backend", chain.backend)
     best = found.top(7, few)
-    exact = engine.patch(pairs, best, metric, direction, progress=False)
+    plain = Engine(model, chain.backend)  # a run's precision and budget are those of its sweep
+    exact = plain.patch(pairs, best, chain.metric, chain.direction, progress=False)
     verified = PatchEffects.load(tmp_path / "verified.safetensors")
     assert verified.nodes == best
-    torch.testing.assert_close(verified.effect, exact.effect, rtol=1e-9, atol=1e-12)
-    chance = ("--forwards", 60, "--probability", 0.25, "--seed", 3, "--confidence", "0.75")
-    run("diagnose", tmp_path, "--nodes", some, *chance, "--backend", "reference")
-    bound = engine.bound_missed(
+    assert (verified.metric, verified.direction) == (chain.metric, chain.direction)
+    assert (verified.backend, verified.tokens) == (chain.backend, found.tokens)
+    assert torch.equal(verified.effect, exact.effect)
+    columns = {
+        "contribution": [node.contribution for node in best],
+        "effect": [node.effect for node in best],
+        "exact_contribution": exact.mean_abs.tolist(),
+        "exact_effect": exact.mean.tolist(),
+    }
+    written = table(tmp_path / "verified.csv")
+    for name, values in columns.items():
+        assert [float(row[name]) for row in written] == pytest.approx(values, rel=1e-9), name
+    numbers = json.loads((tmp_path / "verified.json").read_text())
+    judged = agreement(best, exact, chain.method)
+    assert numbers == json.loads(json.dumps(judged.to_dict()))
+    assert f"rank correlation of {chain.method} with the exact" in " ".join(out.split())
+    for shown, row in zip(cells(out), judged.worst(3), strict=True):
+        place = [row.node.kind, str(row.node.layer), str(row.node.position)]
+        assert [*shown[:3], shown[4]] == [*place, str(row.node[3])]
+        assert [float(cell) for cell in shown[5:]] == pytest.approx(
+            [row.node.contribution, row.contribution, row.effect], abs=1e-5
+        )
+
+    chance = ("--forwards", 60, "--probability", 0.25, "--seed", 3, "--confidence", "0.75,0.5")
+    out = run("diagnose", tmp_path, *some, *chance, "--backend", chain.backend)
+    bound = plain.bound_missed(
         pairs,
         best,
-        metric,
-        direction,
+        chain.metric,
+        chain.direction,
         few,
-        [0.75],
+        [0.75, 0.5],
         forwards=60,
         probability=0.25,
         seed=3,
         progress=False,
     )
-    said = json.loads((tmp_path / "bound.json").read_text())
-    assert said["bounds"]["0.75"] == pytest.approx(bound.bounds[0], rel=1e-9)
-    assert said["nodes"] == len(bound.nodes)
-    assert isinstance(pairs, PromptPairs)
+    bounded = json.loads((tmp_path / "bound.json").read_text())
+    assert bounded == json.loads(json.dumps(bound.to_dict()))
+    assert f"({', '.join(k for k in found.space.kinds if k in few)})" in out or chain.some
+    said = " ".join(out.split())
+    for level, value in zip((0.75, 0.5), bound.bounds, strict=True):
+        largest = label(bound.worst(1, level)[0], found.tokens)
+        wanted = f"with {100 * level:g} % confidence none has |effect| >= {value:.5f} (largest: "
+        assert wanted + " ".join(largest.split()) in said
+
+    run("report", tmp_path, "--out", tmp_path / "again.html")
+    for name in ("report.html", "again.html"):
+        said = page_text(tmp_path / name)
+        for word in (LLAMA, chain.method, chain.metric, chain.direction, *kinds, best[0].token):
+            assert word in said, word
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("metric", ["nll", "prob_diff"])
+def test_the_options_of_a_chain_change_its_numbers(
+    tmp_path: Path, metric: str, direction: Direction, precision: str | None
+) -> None:
+    """So that an option that is lost on the way is seen in the tests above."""
+    model, tokenizer = load_model(LLAMA)
+    pairs = tasks.load_task("ioi", tokenizer, n_pairs=2)
+
+    def effect(metric: str, direction: Direction, precision: str | None, method: str) -> Tensor:
+        engine = Engine(model, "cpp", precision)
+        return engine.attribute(pairs, metric, method, ["z"], direction, progress=False).effect["z"]
+
+    own = effect(metric, direction, precision, "atp")
+    other_metric = "nll" if metric == "prob_diff" else "prob_diff"
+    other_direction: Direction = "noising" if direction == "denoising" else "denoising"
+    for other in (
+        effect(other_metric, direction, precision, "atp"),
+        effect(metric, other_direction, precision, "atp"),
+        effect(metric, direction, None if precision else "bf16", "atp"),
+    ):
+        assert (own - other).abs().max() > 1e-4 * own.abs().max()
+
+
+def test_verify_of_more_nodes_than_there_are(tmp_path: Path) -> None:
+    """All of the kinds asked for, as attribute prints all that there are."""
+    done = finished(tmp_path / "run")
+    found = Attribution.load(done / "run.safetensors")
+    for options_given, kinds in (((), None), (("--nodes", "mlp_out"), ("mlp_out",))):
+        run("verify", done, "--top", 9999, *options_given)
+        nodes = PatchEffects.load(done / "verified.safetensors").nodes
+        assert nodes == found.top(len(found.to_dataframe(kinds)), kinds)
+        assert nodes is not None and len(nodes) == len(found.to_dataframe(kinds))
+
+
+@pytest.mark.parametrize("lead", [(2, 2), (0, 1)], ids=["wider", "ragged"])
+def test_a_run_in_other_columns_than_its_pairs(tmp_path: Path, lead: tuple[int, int]) -> None:
+    """The file of pairs has no left padding: positions would mean other tokens, so later verbs refuse."""
+    model, tokenizer = load_model(LLAMA)
+    pairs = tasks.load_task("ioi", tokenizer, n_pairs=2)
+    clean, corrupted, mask = (
+        torch.nn.functional.pad(x, (min(lead), 0))
+        for x in (pairs.clean_ids, pairs.corrupted_ids, pairs.attention_mask)
+    )
+    mask[1, : max(lead)] = False
+    pairs = PromptPairs(
+        clean, corrupted, pairs.answer_ids, pairs.wrong_answer_ids, attention_mask=mask
+    )
+    assert pairs.starts.tolist() == list(lead)
+    found = Engine(model).attribute(pairs, nodes=["z"], progress=False)
+    found.save(tmp_path / "run.safetensors")
+    pairs.to_jsonl(tmp_path / "pairs.jsonl")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "must hold pairs in the columns of" in " ".join(result.stderr.split())
+    assert not (tmp_path / "verified.safetensors").exists()
+
+
+def test_a_report_of_the_file_and_of_its_folder(tmp_path: Path) -> None:
+    done = finished(tmp_path / "run")
+    shutil.copy(done / "run.safetensors", tmp_path / "other.safetensors")
+    (done / "report.html").unlink()
+    for given, page in ((done, done / "report.html"), (tmp_path / "other.safetensors", None)):
+        page = page or tmp_path / "report.html"
+        assert run("report", given) == f"wrote {page}\n"
+        assert LLAMA in page_text(page)
+
+
+def test_bench_says_which_backend_took_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_turns(calls: dict[str, Any], rounds: int, clock: Any) -> dict[str, list[float]]:
+        assert list(calls) == ["reference", "cpp"]
+        return {"reference": [0.5, 0.006, 0.002], "cpp": [0.0015, 0.001, 0.9]}
+
+    monkeypatch.setattr("atp_fast.ops.trial.in_turns", in_turns)
+    shown = cells(run("bench", "--positions", 3, "--heads", 1, "--head-dim", 2, "--device", "cpu"))
+    assert shown
+    for row in shown:
+        assert row[1:] == ["6.00", "1.50", "4.0"]
+
+
+def test_doctor_names_the_kinds_that_a_model_lacks(tmp_path: Path) -> None:
+    zoo.build("mixtral", dtype=torch.float32).save_pretrained(tmp_path)
+    load_model(LLAMA)[1].save_pretrained(tmp_path)
+    out = run("doctor", "--model", tmp_path)
+    assert f"{tmp_path}: served (MixtralForCausalLM)" in out
+    (reason,) = re.findall("^without neuron: (.*)$", out, re.MULTILINE)
+    assert "mixture of experts" in reason
+    assert "without" not in run("doctor", "--model", LLAMA)
+
+
+def test_the_demo_is_attribute_with_its_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atp_fast import models
+
+    monkeypatch.setattr(models, "load_model", lambda name: load_model(LLAMA))
+    out = run("demo", "--out", tmp_path)
+    model, tokenizer = load_model(LLAMA)
+    pairs = tasks.ioi_pair(tokenizer)
+    wanted = Engine(model).attribute(pairs, progress=False)
+    found = Attribution.load(tmp_path / "run.safetensors")
+    assert (found.method, found.metric, found.direction) == ("atp*", "logit_diff", "noising")
+    for kind in wanted.space.kinds:
+        assert torch.equal(found.contribution[kind], wanted.contribution[kind])
+    assert pairs.tokens is not None and pairs.corrupted_tokens is not None
+    clean, corrupted = ("".join(x[0]) for x in (pairs.tokens, pairs.corrupted_tokens))
+    answer = tokenizer.decode(pairs.answer_ids)
+    lines = [line.split(maxsplit=1) for line in out.splitlines()[:2]]
+    assert lines == [["clean", f"{clean!r} -> {answer!r}"], ["corrupted", repr(corrupted)]]
+    assert f"{len(wanted):,} nodes scored" in out

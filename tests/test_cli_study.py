@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from atp_fast import Attribution, Engine, Node, PatchEffects, PromptPairs, load_model
+from atp_fast.attribution.question import METHODS
 from atp_fast.cli import app
 from atp_fast.patching import NodePatcher, moving_ids
 from atp_fast.prompts.tasks import load_task
 from atp_fast.results import ScoredNode
 from atp_fast.results.agreement import agreement
-from atp_fast.study import Plan, run_study
+from atp_fast.study import Blocks, Iterative, Plan, run_study
 from atp_fast.study.cases import EngineCase, estimate_forwards
 
 LLAMA = str(Path(__file__).parent / "data" / "tiny_llama_2L")
@@ -210,49 +211,102 @@ def test_ragged_pairs_in_a_study(exact_engine, ragged, family, direction):
     assert exact.max() > 1e-3
 
 
-@pytest.mark.parametrize("life", [0, 1, 2, 4, 7])
-def test_a_stopped_study_of_a_model_patches_nothing_twice(
-    tiny, ragged, tmp_path, life, monkeypatch
-):
-    """Stopped in the call after `life` of them; what its finished pieces hold is not measured again."""
+def timeless(study):
+    """Everything but what was measured in seconds."""
+
+    def kept(rows):
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+    return [kept(rows) for rows in (study.results, study.settings, study.curves, study.bounds)]
+
+
+FEW = Plan(
+    seeds=1,
+    top=15,
+    verified=4,
+    forwards=60,
+    probability=0.2,
+    diagnose=("atp*",),
+    settings=lambda nodes, pairs: {"iterative": [Iterative()], "blocks": [Blocks(9), Blocks(20)]},
+)
+
+
+def test_a_stopped_study_of_a_model_patches_nothing_twice(tiny, ragged, tmp_path, monkeypatch):
+    """Stopped in any of its calls and started again: what finished pieces hold is not measured again."""
     engine, _, _ = tiny
-    plan = Plan(seeds=1, top=15, verified=4, forwards=80, probability=0.2, diagnose=("atp*",))
+    done = []  # finished pieces, and subsets asked for, at each call
 
-    def cases():
-        return [EngineCase(engine, "ioi", "neuron", ragged, metric="logit_diff", sample=20, best=5)]
+    def study(folder, life=None):
+        def counted(self, subsets, pair=None):
+            done.append((len(list(folder.glob("pieces/*.npz"))), [tuple(s) for s in subsets]))
+            if len(done) - 1 == life:
+                raise KeyboardInterrupt
+            return own(self, subsets, pair)
 
-    measured = []
+        done.clear()
+        monkeypatch.setattr(NodePatcher, "effects", counted)
+        case = EngineCase(engine, "ioi", "neuron", ragged, metric="logit_diff", sample=20, best=5)
+        return run_study([case], folder, FEW)
+
     own = NodePatcher.effects
+    whole = timeless(study(tmp_path / "whole"))
+    calls = list(done)
+    single = [subset for _, subsets in calls for subset in subsets if len(subset) == 1]
+    assert sorted(single) == [(i,) for i in range(len(single))]  # the truth, and never again
+    for life in range(len(calls)):
+        folder = tmp_path / str(life)
+        with pytest.raises(KeyboardInterrupt):
+            study(folder, life)
+        pieces = [count for count, _ in done]
+        again = pieces[:life].count(pieces[life])
+        assert timeless(study(folder)) == whole
+        assert [subsets for _, subsets in done] == [s for _, s in calls[life - again :]]
+    assert timeless(study(folder)) == whole
+    assert done == []
 
-    def counted(self, subsets, pair=None):
-        if len(measured) == stop:
-            raise KeyboardInterrupt
-        measured.append(len(subsets))
-        return own(self, subsets, pair)
 
-    monkeypatch.setattr(NodePatcher, "effects", counted)
-    stop = -1
-    whole = run_study(cases(), tmp_path / "whole", plan)
-    once, calls = sum(measured), len(measured)
-    assert calls > 7
-    measured.clear()
-    stop = life
-    with pytest.raises(KeyboardInterrupt):
-        run_study(cases(), tmp_path / "stopped", plan)
-    before, stop = sum(measured), -1
-    measured.clear()
-    again = run_study(cases(), tmp_path / "stopped", plan)
-    named = ("task", "family", "method", "setting", "irwrgm", "cost_10")
-    assert [[row[n] for n in named] for row in again.results] == [
-        [row[n] for n in named] for row in whole.results
-    ]
-    assert sum(measured) <= once
-    if life >= 4:
-        assert sum(measured) < once
-    measured.clear()
-    run_study(cases(), tmp_path / "stopped", plan)
-    assert measured == []
-    assert before <= once
+ENGINE_CASES = {
+    "metric": {"metric": "prob_diff"},
+    "direction": {"direction": "denoising"},
+    "pairs": {"pairs": slice(0, 2)},
+    "model": {"model": "tiny_gpt2_3L"},
+    "dtype": {"dtype": "float64"},
+    "precision": {"precision": "bf16"},
+    "family": {"family": "attention"},
+    "sample": {"sample": 40},
+    "best": {"best": 12},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("name", ENGINE_CASES)
+def test_pieces_of_another_question_are_not_taken(tmp_path, name, monkeypatch):
+    """In the folder of another model, metric, ... a study gives the tables of a folder of its own."""
+
+    def study(folder, model="tiny_llama_2L", dtype=None, precision=None, pairs=slice(3), **asked):
+        network, tokenizer = load_model(str(Path(LLAMA).parent / model), dtype=dtype)
+        given = {"family": "neuron", "metric": "logit_diff", "sample": 20, "best": 5} | asked
+        family = given.pop("family")
+        some = load_task("ioi", tokenizer, n_pairs=3)[pairs]
+        engine = Engine(network, precision=precision)
+        plan = Plan(seeds=1, top=15, verified=4, forwards=60, settings=lambda *_: {}, diagnose=())
+        return timeless(run_study([EngineCase(engine, "t", family, some, **given)], folder, plan))
+
+    def counted(self, *args, **kwargs):
+        estimated.append(kwargs["method"])
+        return own(self, *args, **kwargs)
+
+    own, estimated = Engine.attribute, []
+    monkeypatch.setattr(Engine, "attribute", counted)
+    old = study(tmp_path / "one")
+    estimated.clear()
+    new = study(tmp_path / "one", **ENGINE_CASES[name])
+    if name in ("sample", "best", "seed"):  # the same scores, other candidates
+        assert new != old
+        assert estimated == []
+    else:
+        assert estimated == list(METHODS)
+    assert new == study(tmp_path / "two", **ENGINE_CASES[name])
 
 
 def test_family_is_checked(tiny):
@@ -331,6 +385,7 @@ def test_study_command_goes_on_where_it_was(tmp_path):
     stdout, _ = run(*options)
     for name in ("results.csv", "bounds.csv", "summary.md", "curves.html", "curves.png"):
         assert f"wrote {tmp_path / name}" in stdout
+    assert (tmp_path / "summary.md").read_text().startswith(f"# Method study on {LLAMA}\n")
     first = (tmp_path / "results.csv").read_text()
     assert "ioi,attention,2," in first
     pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}

@@ -163,6 +163,7 @@ def test_text_carries_the_assumptions():
     assert list(data["bounds"].values()) == list(found.bounds)
     assert data["worst_node"]["0.9"]["kind"] == "neuron"
     assert data["fewest_included"] == found.included.min() >= 2
+    assert data["fewest_excluded"] == found.excluded.min() > found.included.max()
 
 
 def test_bad_input():

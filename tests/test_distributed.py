@@ -106,6 +106,22 @@ def test_shards_add_up_to_the_whole(tmp_path, direction):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(found.clean_value, expected.clean_value)
     assert (found.direction, found.method) == (direction, "atp+qk")
+    seconds = [
+        float(Attribution.load(tmp_path / name).metadata["seconds"])
+        for name in shard_files(tmp_path)
+    ]
+    assert float(found.metadata["seconds"]) == pytest.approx(sum(seconds), abs=1e-3)
+    assert sum(seconds) > max(seconds) > 0
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_the_sum_has_the_labels_of_its_direction(tmp_path, engine, direction):
+    clean, corrupted = torch.tensor([[20, 30, 40]] * 3), torch.tensor([[20, 31, 40]] * 3)
+    texts = {"tokens": [["a", "b", "c"]] * 3, "corrupted_tokens": [["a", "B", "c"]] * 3}
+    pairs = PromptPairs(clean, corrupted, torch.tensor([5] * 3), **texts)
+    options = {"metric": "nll", "nodes": ("z",), "direction": direction}
+    found = attribute_sharded(engine, pairs, tmp_path, shard_size=2, **options)
+    assert found.tokens == ["a", {"noising": "b", "denoising": "B"}[direction], "c"]
 
 
 def test_every_pair_is_in_one_shard_and_late_splits_go_together(pairs):
@@ -120,6 +136,17 @@ def test_a_finished_run_computes_nothing_again(tmp_path, engine, pairs, monkeypa
     first = attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
     monkeypatch.setattr(engine, "attribute", lambda *a, **k: pytest.fail("a pair was run again"))
     assert_same_bits(attribute_sharded(engine, pairs, tmp_path, **OPTIONS), first)
+
+
+def test_a_shard_of_other_pairs_is_computed_again(tmp_path, engine, pairs):
+    """A file that is whole and of this model, but under another shard's number."""
+    first = attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
+    right = (tmp_path / "000002.safetensors").read_bytes()
+    (tmp_path / "000002.safetensors").write_bytes((tmp_path / "000000.safetensors").read_bytes())
+    assert_same_bits(attribute_sharded(engine, pairs, tmp_path, **OPTIONS), first)
+    again = Attribution.load(tmp_path / "000002.safetensors")
+    (tmp_path / "right").write_bytes(right)
+    assert_same_bits(again, Attribution.load(tmp_path / "right"))
 
 
 def test_progress_counts_pairs_and_is_quiet_in_a_pipe(tmp_path, engine, pairs, capsys):
@@ -166,6 +193,34 @@ def test_other_columns_other_model_and_other_dtype_are_other_runs(tmp_path, engi
         attribute_sharded(other, pairs, tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="dtype is 'float32' there and 'float64' here"):
         attribute_sharded(other, pairs, tmp_path, **OPTIONS)
+
+
+def test_other_precision_backend_and_width_are_other_runs(tmp_path, engine, pairs):
+    """Each alone: numbers or shapes differ, so the manifest must."""
+    attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
+    model = engine.model
+    for other, message in (
+        (sharded.Engine(model, precision="bf16"), "precision is None there and 'bf16' here"),
+        (sharded.Engine(model, "reference"), "backend is 'cpp' there and 'reference' here"),
+    ):
+        with pytest.raises(ValueError, match=f"another one: {message}; take"):
+            attribute_sharded(other, pairs, tmp_path, **OPTIONS)
+    wide = torch.nn.functional.pad
+    wider = PromptPairs(
+        wide(pairs.clean_ids, (0, 1)),
+        wide(pairs.corrupted_ids, (0, 1)),
+        pairs.answer_ids,
+        pairs.wrong_answer_ids,
+        attention_mask=wide(pairs.attention_mask, (0, 1)),
+    )
+    assert wider.digest() == pairs.digest()
+    with pytest.raises(ValueError, match="positions is 12 there and 13 here, columns_digest is"):
+        attribute_sharded(engine, wider, tmp_path, **OPTIONS)
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    record["model_class"] = "OtherForCausalLM"
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="model_class is 'OtherForCausalLM' there and 'Llama"):
+        attribute_sharded(engine, pairs, tmp_path, **OPTIONS)
 
 
 def test_shards_without_a_manifest_and_a_broken_manifest_are_refused(tmp_path, engine, pairs):
@@ -258,6 +313,10 @@ def test_removing_shards_leaves_what_is_not_theirs(tmp_path, engine, pairs):
     assert not (tmp_path / "more").exists()
     remove_shards(tmp_path)
     assert folder.exists()
+    for name in ("run.safetensors", "000000.safetensors"):  # without a manifest no shards
+        (folder / name).write_bytes(b"mine")
+    remove_shards(folder)
+    assert len(list(folder.iterdir())) == 3
 
 
 # ---- many processes
@@ -365,19 +424,31 @@ def test_ray_with_a_killed_worker_gives_the_same_bits(tmp_path, two_workers, pai
     assert (manifest["metric"], manifest["pairs"]) == ("difference", 11)
 
 
-def test_two_runs_in_one_process_use_their_own_engines(tmp_path, two_workers, pairs):
-    """Workers that keep the first run's engine do not answer the second with it."""
-    whole = sharded.make_engine().attribute(pairs, metric="nll", nodes=("z",))
-    half = sharded.make_half_engine().attribute(pairs, metric="nll", nodes=("z",))
-    options = {"metric": "nll", "nodes": ("z",), "shard_size": 3}
-    for name, make, wanted in (
-        ("one", sharded.make_engine, whole),
-        ("two", sharded.make_half_engine, half),
-        ("three", sharded.make_engine, whole),
+def test_ray_runs_in_one_process_use_their_own_engines_and_options(tmp_path, two_workers, pairs):
+    """Workers that keep an earlier run's engine, or what it was asked, do not answer a later one with it."""
+    pairs, common = pairs[:4], {"metric": "nll", "nodes": ("z",), "shard_size": 2}
+    founds = []
+    for number, (make, options) in enumerate(
+        (
+            (sharded.make_engine, {"method": "atp"}),
+            (sharded.make_half_engine, {"method": "atp"}),
+            (
+                sharded.make_engine,
+                {"method": "atp+graddrop", "direction": "denoising", "per_pair": True},
+            ),
+        )
     ):
-        found = ray_sweep(make, pairs, tmp_path / name, **options)
-        torch.testing.assert_close(found.effect["z"], wanted.effect["z"], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(whole.effect["z"], half.effect["z"], rtol=1e-2)
+        asked = {**common, **options}
+        found = ray_sweep(make, pairs, tmp_path / f"ray {number}", **asked)
+        wanted = attribute_sharded(make(), pairs, tmp_path / f"alone {number}", **asked)
+        assert_same_bits(found, wanted)
+        assert (found.method, found.direction) == (wanted.method, wanted.direction)
+        assert (found.per_pair is None) == (wanted.per_pair is None) == (number < 2)
+        if found.per_pair is not None:
+            assert torch.equal(found.per_pair["z"], wanted.per_pair["z"])
+        for earlier in founds:
+            assert not torch.allclose(earlier, found.contribution["z"], rtol=1e-2)
+        founds.append(found.contribution["z"])
 
 
 def test_ray_names_the_worker_and_the_pair_that_fail(tmp_path, two_workers, pairs):

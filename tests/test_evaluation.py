@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from atp_fast.study import (
     write_study,
 )
 from atp_fast.study.memo import Memo
+from atp_fast.study.report import curves_figure, draw_png, summary
 from toy_patchers import ToyPatcher
 
 TRUTH = np.array([[0.0, -4.0, 1.0, 2.0, 0.5, -0.25], [0.0, 4.0, 1.0, -2.0, 0.5, 0.25]])
@@ -199,22 +201,101 @@ def test_study_ranks_methods_and_keeps_the_best_settings(tmp_path):
     assert study.bounds[0]["true_largest_missed"] == contribution[rest].max()
 
 
-@pytest.mark.parametrize("life", [0, 1, 2, 3, 5, 8, 12])
-def test_a_killed_study_started_again_gives_the_same_table(tmp_path, life):
-    cases = [FakeCase("one"), FakeCase("two", pairs=3)]
-    whole = run_study(cases, tmp_path / "whole", PLAN)
-    with pytest.raises(Killed):
-        run_study([FakeCase("one", life=life)], tmp_path / "killed", PLAN)
-    again = [FakeCase("one"), FakeCase("two", pairs=3)]
-    assert timeless(run_study(again, tmp_path / "killed", PLAN)) == timeless(whole)
-    # Finished pieces were not computed again.
-    if life > 3:
-        assert again[0].calls < cases[0].calls
-    assert not list((tmp_path / "killed" / "pieces").glob("*.tmp"))
-    done = [FakeCase("one"), FakeCase("two", pairs=3)]
-    final = run_study(done, tmp_path / "killed", PLAN)
-    assert [case.calls for case in done] == [0, 0]
-    assert final.results == run_study(done, tmp_path / "killed", PLAN).results
+SMALL = Plan(
+    seeds=2, top=20, verified=10, forwards=60, probability=0.2, diagnose=("atp*",), lookahead=2
+)
+
+
+def test_a_study_stopped_at_any_call_goes_on_where_it_was(tmp_path):
+    """The tables are those of one run, and of what was measured only the piece that was stopped is measured again."""
+    done = []  # finished pieces at each call
+
+    def study(folder, life=None):
+        class Watched(FakeCase):
+            def spend(self):
+                done.append(len(list(folder.glob("pieces/*.npz"))))
+                if len(done) - 1 == life:
+                    raise Killed
+
+        done.clear()
+        return run_study([Watched("one", nodes=50), Watched("two", 3, nodes=50)], folder, plan)
+
+    few = [Blocks(9), Blocks(20)], [Hierarchical(3, 3, 2)]
+    plan = replace(
+        SMALL, settings=lambda *_: dict(zip(("blocks", "hierarchical"), few, strict=True))
+    )
+
+    whole = timeless(study(tmp_path / "whole"))
+    calls = len(done)
+    assert calls > 20 and done[-1] > 12
+    for life in range(calls):
+        folder = tmp_path / str(life)
+        with pytest.raises(Killed):
+            study(folder, life)
+        again = done[:life].count(done[life])
+        assert not list(folder.glob("pieces/*.tmp"))
+        assert timeless(study(folder)) == whole
+        assert len(done) == calls - life + again
+    assert timeless(study(folder)) == whole
+    assert done == []
+
+
+def test_truth_in_many_pieces(tmp_path):
+    """More candidates than one piece holds: 2048, 2048 and 403 of them."""
+    case = FakeCase(pairs=2, nodes=4500)
+    plan = Plan(seeds=1, top=60, verified=20, forwards=200, probability=0.2, settings=lambda *_: {})
+    study = run_study([case], tmp_path, plan)
+    assert len(list((tmp_path / "pieces").glob("toy-attention-truth-*"))) == 3
+    effects = case.effects[:, 1:]
+    contribution = np.abs(effects).mean(0)
+    scores = case.estimate("atp*").scores[1:]
+    found = find_top(Given("atp*", scores, 20.0), ToyPatcher(effects), contribution, top=60)
+    (row,) = (row for row in study.results if row["method"] == "atp*")
+    assert row["irwrgm"] == pytest.approx(irwrgm(recall_cost(found.cost), oracle_cost(60, 2)))
+    for bound in study.bounds:
+        left = np.argsort(-case.estimate(bound["method"]).scores[1:], kind="stable")[20:]
+        assert bound["largest_of_all"] == contribution.max()
+        assert bound["true_largest_missed"] == np.abs(effects.mean(0))[left].max()
+        assert bound["true_largest_missed_contribution"] == contribution[left].max()
+
+
+def blocks_of(size):
+    return lambda nodes, pairs: {"blocks": [Blocks(size)]}
+
+
+PLANS = {
+    "seeds": {"seeds": 3},
+    "top": {"top": 5},
+    "verified": {"verified": 5},
+    "forwards": {"forwards": 90},
+    "probability": {"probability": 0.3},
+    "confidence": {"confidence": (0.5,)},
+    "diagnose": {"diagnose": ("atp",)},
+    "limit": {"limit": 30},
+    "lookahead": {"limit": 30, "lookahead": 9},
+    "settings": {"settings": blocks_of(3)},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_pieces_of_another_plan_are_not_taken(tmp_path, name):
+    """What a plan changes is computed again, in the folder of the plan before it."""
+    before = {"lookahead": {"limit": 30}, "settings": {"settings": blocks_of(9)}}.get(name, {})
+    first, second = replace(SMALL, **before), replace(SMALL, **PLANS[name])
+    old = run_study([FakeCase(pairs=2)], tmp_path / "one", first)
+    new = run_study([FakeCase(pairs=2)], tmp_path / "one", second)
+    fresh = run_study([FakeCase(pairs=2)], tmp_path / "two", second)
+    assert timeless(new) == timeless(fresh)
+    assert timeless(new) != timeless(old)
+
+
+def test_pieces_of_another_task_are_not_taken(tmp_path):
+    """Whose file name is the same, for what a file name cannot hold is replaced."""
+    for name, other in (("a*b", "astarb"), ("a b", "a/b")):
+        run_study([FakeCase(name)], tmp_path / "one", SMALL)
+        case = FakeCase(other, pairs=2)
+        new = run_study([case], tmp_path / "one", SMALL)
+        assert timeless(new) == timeless(run_study([FakeCase(other, 2)], tmp_path / "two", SMALL))
 
 
 def test_equal_effects_cost_the_oracle_nothing(tmp_path):
@@ -264,10 +345,96 @@ def test_study_writes_tables_curves_and_summary(tmp_path):
     assert "## two, attention nodes" in text
     assert "a backward 2" in text
     assert "| top 20 of atp* |" in text
-    html = paths[5].read_text()
-    assert "hierarchical" in html
+    for path, table in zip(paths, timeless(study), strict=False):
+        with path.open(newline="") as file:
+            written = list(csv.DictReader(file))
+        for row, wanted in zip(written, table, strict=True):
+            for name, value in wanted.items():
+                number = isinstance(value, float)
+                assert (float(row[name]) if number else row[name]) == (
+                    pytest.approx(value, rel=1e-5) if number else str(value)
+                )
     assert paths[6].read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_the_summary_says_the_numbers_of_the_tables(tmp_path):
+    study = run_study([FakeCase("two", pairs=3)], tmp_path, PLAN)
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in summary(study, "A study", "a machine").splitlines()
+        if line.startswith("|")
+    ]
+    header, _, *methods = lines[: 2 + len(study.results)]
+    assert header[:5] == ["method", "setting", "IRWRGM", "lowest to highest", "IRWRGM 90 %"]
+    assert header[5:7] == ["cost(1)", "cost(10)"]
+    rows = {row["method"]: row for row in study.results}
+    assert {line[0] for line in methods} == set(rows)
+    assert methods[0][0] == "oracle"
+    for line in methods:
+        row = rows[line[0]]
+        assert line[1:5] == [
+            row["setting"],
+            f"{row['irwrgm']:.3g}",
+            f"{row['irwrgm_lowest']:.3g} to {row['irwrgm_highest']:.3g}",
+            f"{row['irwrgm_90']:.3g}",
+        ]
+        for cell, k in zip(line[5:7], (1, 10), strict=True):
+            assert float(cell.replace(",", "")) == pytest.approx(row[f"cost_{k}"], rel=6e-3)
+    ranked = [rows[line[0]]["irwrgm"] for line in methods[1:]]
+    assert ranked == sorted(ranked)
+    header, _, bounds = lines[2 + len(study.results) :]
+    assert header[1:4] == ["90 %", "99 %", "99.9 %"]
+    assert bounds[0] == "top 20 of atp*"
+    first = study.bounds[0]
+    missed = [first["true_largest_missed"], first["true_largest_missed_contribution"]]
+    assert bounds[1:] == [f"{x:.3g}" for x in [*(b["bound"] for b in study.bounds), *missed]]
+
+
+def test_curves_and_rows_are_means_over_seeds(tmp_path):
+    """Both recalls of one setting, walked again without a study; what its seeds measured is added up."""
+    plan = replace(SMALL, seeds=3, settings=lambda *_: {"blocks": [Blocks(9)]})
+    case = FakeCase(pairs=2)
+    study = run_study([case], tmp_path, plan)
+    effects = case.effects[:, 1:]
+    contribution, measured, found = np.abs(effects).mean(0), 0.0, []
+    for seed in range(3):
+        memo = Memo(ToyPatcher(effects), effects)
+        found.append(find_top(Blocks(9), memo, contribution, top=20, seed=seed).cost)
+        measured += memo.measured
+    (row,) = (row for row in study.results if row["method"] == "blocks")
+    assert (row["seeds"], row["study_forwards"]) == (3, measured)
+    assert {row["seeds"] for row in study.results} == {3}
+    for recall in (1.0, 0.9):
+        costs = np.exp(np.mean([np.log(recall_cost(cost, recall)) for cost in found], axis=0))
+        curve = [c for c in study.curves if c["method"] == "blocks" and c["recall"] == recall]
+        ks = [c["k"] for c in curve]
+        assert (ks[0], ks[-1]) == (1, 20)
+        assert [c["cost"] for c in curve] == pytest.approx([costs[k - 1] for k in ks])
+        oracle = oracle_cost(20, 2, recall)
+        assert [c["oracle"] for c in curve] == [oracle[k - 1] for k in ks]
+        assert not any(c["lower_bound"] for c in curve)
+
+
+def test_curves_are_the_table_s_as_far_as_costs_are_known(tmp_path):
+    """A title is text: plotly reads tags in it, matplotlib formulas."""
+    title = "A <b>study</b> of a$b_{$"
+    plan = replace(PLAN, limit=10, lookahead=1, seeds=1)
+    study = run_study([FakeCase("one"), FakeCase("two", pairs=3)], tmp_path, plan)
+    figure = curves_figure(study, title)
+    assert figure.layout.title.text == "A &lt;b&gt;study&lt;/b&gt; of a$b_{$"
+    assert [note.text for note in figure.layout.annotations] == ["one, attention", "two, attention"]
+    assert any(row["lower_bound"] for row in study.curves)
+    wanted = {}
+    for row in study.curves:
+        if not row["lower_bound"]:
+            name = row["method"] + ("" if row["recall"] == 1.0 else ", 90 %")
+            wanted.setdefault((row["task"], name), []).append((row["k"], row["cost"]))
+    axes = {"x": "one", "x2": "two"}
+    shown = {(axes[t.xaxis], t.name): list(zip(t.x, t.y, strict=True)) for t in figure.data}
+    assert shown == wanted
+    draw_png(study, tmp_path / "curves.png", title)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input(tmp_path):

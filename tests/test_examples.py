@@ -1,8 +1,11 @@
 """The examples run, on a tiny model where they take one."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LLAMA = Path(__file__).parent / "data" / "tiny_llama_2L"
@@ -21,7 +24,16 @@ def test_find_verify_bound():
         "find_verify_bound.py", "--model", LLAMA, "--verify", 12, "--forwards", 200
     ).splitlines()
     assert out[0].split() == ["estimated", "exact", "node"]
-    assert len(out) > 11
+    rows = [
+        re.fullmatch(r" *(\S+) +(\S+) <(.*): contribution (.*), .*>", line) for line in out[1:11]
+    ]
+    estimates, exact, contributions = ([float(row[i]) for row in rows] for i in (1, 2, 4))
+    assert contributions == sorted(contributions, reverse=True)
+    assert len({row[3] for row in rows}) == 10
+    assert exact[0] < -1
+    for estimate, right in zip(estimates, exact, strict=True):
+        assert estimate == pytest.approx(right, rel=0.25)
+    assert "200 forwards" in out[11]
 
 
 def test_kernels_in_your_library():

@@ -102,6 +102,55 @@ def test_demo_model_is_converted_once_and_keeps_its_name(converted, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["smollm2-135m-0.1.2"]
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", None])
+@pytest.mark.parametrize("cache", ["cache", "file/cache"])
+def test_the_demo_model_s_dtype(converted, monkeypatch, tmp_path, dtype, cache):
+    """From a cache that can be written, twice, and from one that cannot."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATP_FAST_CACHE", str(tmp_path / cache))
+    for _ in range(2):
+        model, _ = load_model("smollm2-135m", dtype=dtype)
+        assert model.dtype == getattr(torch, dtype or "float32")
+
+
+def test_another_process_that_converts_faster_has_won(converted, monkeypatch, tmp_path):
+    target = tmp_path / "cache" / "smollm2-135m-0.1.2"
+    own = models._convert_demo
+
+    def overtaken(source, staging):
+        own(source, staging)
+        own(source, target)
+
+    monkeypatch.setattr(models, "_convert_demo", overtaken)
+    model, _ = load_model("smollm2-135m")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [target.name]
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_conversion_that_cannot_be_kept_is_said(converted, monkeypatch, tmp_path):
+    def away(self, target):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(Path, "rename", away)
+    with pytest.raises(OSError, match="another disk"):
+        load_model("smollm2-135m")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_they_were(shown):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        switch[shown]()
+        load_model(str(DATA / "tiny_llama_2L"))
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        switch[before]()
+
+
 def test_interrupted_conversion_leaves_nothing(converted, monkeypatch, tmp_path):
     def interrupted(source, target):
         (target / "config.json").write_text("{")

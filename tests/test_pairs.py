@@ -253,6 +253,16 @@ OK = {"clean_ids": ids([1, 2]), "corrupted_ids": ids([1, 3]), "answer_ids": torc
             "wrong_answer_ids must differ from answer_ids, got 4 for both in pair 0",
         ),
         ({"attention_mask": [[1, 1]]}, TypeError, "attention_mask must be a tensor"),
+        (
+            {"attention_mask": ids([1, 1]).to("meta")},
+            ValueError,
+            "attention_mask must be on cpu as clean_ids is, got meta",
+        ),
+        (
+            {"answer_ids": torch.tensor([4], device="meta")},
+            ValueError,
+            "answer_ids must be on cpu as clean_ids is, got meta",
+        ),
         ({"attention_mask": ids([1])}, ValueError, r"attention_mask must have shape \(1, 2\)"),
         ({"attention_mask": ids([1, 2])}, ValueError, "1 on real tokens and 0 on padding"),
         ({"attention_mask": ids([0, 0])}, ValueError, "at least one token, got none in pair 0"),
@@ -380,6 +390,56 @@ def test_an_answer_without_its_space_is_another_token_and_warns():
             tokenizer, clean=["Michael gave to"], corrupted=["Jessica gave to"], answers=["Jessica"]
         )
     assert pairs.answer_ids.tolist() == alone
+
+
+def test_an_answer_after_a_bracket_needs_no_space():
+    tokenizer = bpe("Michael gave to ( Michael MichaelJessica Jessica Jessica gave Jessica (")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = PromptPairs.from_text(
+            tokenizer,
+            clean=["Michael gave to ("],
+            corrupted=["Jessica gave to ("],
+            answers=["Jessica"],
+        )
+    assert tokenizer.decode(pairs.answer_ids) == "Jessica"
+
+
+class Merging:
+    """A tokenizer that writes the end of a prompt otherwise where something follows: "ab" is 1, "abc" is 2, 3.
+
+    It puts the special tokens `first` ahead.
+    """
+
+    bos_token_id = eos_token_id = pad_token_id = unk_token_id = None
+
+    def __init__(self, *first):
+        self.first = list(first)
+        self.table = {"ab": [1], "xb": [5], "abc": [2, 3], "c": [4], " c": [6], "a": [7]}
+
+    def __call__(self, texts, add_special_tokens):
+        first = self.first if add_special_tokens else []
+        return {"input_ids": [first + self.table[text] for text in texts]}
+
+    def decode(self, ids, **_):
+        return "".join(f"<{i}>" for i in ids)
+
+
+def test_an_answer_that_changes_its_prompt_s_tokens_is_the_one_that_stands_alone():
+    with pytest.warns(UserWarning, match="'c' has no leading space"):
+        pairs = PromptPairs.from_text(Merging(), clean=["ab"], corrupted=["xb"], answers=["c"])
+    assert pairs.clean_ids.tolist() == [[1]]
+    assert pairs.answer_ids.tolist() == [4]
+
+
+@pytest.mark.parametrize("first", [(), (8,), (8, 9)])
+def test_all_that_a_tokenizer_puts_first_is_kept(first):
+    with pytest.warns(UserWarning, match="no leading space"):
+        pairs = PromptPairs.from_text(
+            Merging(*first), clean=["ab"], corrupted=["xb"], answers=["c"]
+        )
+    assert pairs.clean_ids.tolist() == [[*first, 1]]
+    assert pairs.corrupted_ids.tolist() == [[*first, 5]]
 
 
 def test_words_a_word_level_tokenizer_does_not_know_are_refused():
@@ -535,6 +595,76 @@ def test_csv_with_labels(tmp_path):
     number = write(tmp_path / "number.csv", "clean,corrupted,label", "The war,The year,1")
     with pytest.raises(ValueError, match="a number as label needs a prompt that ends in a century"):
         PromptPairs.from_csv(number, tokenizer)
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_files_are_read_with_bos_or_without(tmp_path, prepend_bos):
+    chat = bpe(chat_template="{{ '<|endoftext|>' + message['role'] }}")  # by itself without
+    clean, corrupted = IOI.format("Michael"), IOI.format("Ashley")
+    wanted = ioi(chat, prepend_bos=prepend_bos, wrong_answers=None)
+    first = ["<|endoftext|>"] * prepend_bos + ["When"]
+    assert wanted.tokens[0][: len(first)] == first
+    record = {"clean": clean, "corrupted": corrupted, "answer": " Jessica"}
+    jsonl = write(tmp_path / "p.jsonl", json.dumps(record))
+    table = write(tmp_path / "p.csv", "clean,corrupted,label", f'"{clean}","{corrupted}", Jessica')
+    for found in (
+        PromptPairs.from_jsonl(jsonl, chat, prepend_bos=prepend_bos),
+        PromptPairs.from_csv(table, chat, prepend_bos=prepend_bos),
+    ):
+        assert found.digest() == wanted.digest()
+
+
+def test_only_ioi_files_have_their_answers_looked_for(tokenizer, tmp_path):
+    """Answers of other files need not stand in their prompts: no warning."""
+    (answer,), (wrong,) = tokenizer([" Spain", " China"])["input_ids"]
+    path = write(
+        tmp_path / "p.csv",
+        "clean,corrupted,correct_idx,incorrect_idx",
+        f"City: Barcelona,City: Beijing,{answer},{wrong}",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = PromptPairs.from_csv(path, tokenizer)
+    assert (pairs.answer_ids.tolist(), pairs.wrong_answer_ids.tolist()) == ([answer], [wrong])
+
+
+def test_all_tensors_move_to_a_device():
+    pairs = PromptPairs(
+        ids([1, 2]), ids([1, 3]), torch.tensor([4]), torch.tensor([5]), tokens=[["a", "b"]]
+    )
+    moved = pairs.to("meta")
+    tensors = {name: x for name, x in vars(moved).items() if isinstance(x, torch.Tensor)}
+    assert len(tensors) == 5
+    assert {x.device.type for x in tensors.values()} == {"meta"}
+    assert moved.tokens == pairs.tokens and pairs.device.type == "cpu"
+
+
+def test_years_of_two_digits_are_halfway_to_the_ends_of_the_century(tmp_path):
+    prompt = "The war lasted from the year 17{} to the year 17"
+    years = " ".join(f"{year:02d}" for year in range(100))
+    tokenizer = bpe(f"{prompt.format('')} {years}", digits=2)
+    wanted = {11: ("55", "05"), 32: ("66", "16"), 61: ("80", "30"), 98: ("99", "49")}
+    path = write(
+        tmp_path / "years.csv",
+        "clean,corrupted,label",
+        *(f"{prompt.format(year)},{prompt.format('01')},{year}" for year in wanted),
+    )
+    pairs = PromptPairs.from_csv(path, tokenizer)
+    found = zip(pairs.answer_ids.tolist(), pairs.wrong_answer_ids.tolist(), strict=True)
+    assert [tuple(tokenizer.decode([i]) for i in row) for row in found] == list(wanted.values())
+
+
+def test_labels_of_two_kinds_are_refused(tmp_path):
+    prompt = "The war lasted from the year 17{} to the year 17"
+    tokenizer = bpe(prompt.format(" to the year"), digits=1)
+    lines = [
+        f"{prompt.format(32)},{prompt.format('01')},32",
+        "The war lasted,The year lasted, from",
+    ]
+    for order in (lines, lines[::-1]):
+        path = write(tmp_path / "both.csv", "clean,corrupted,label", *order)
+        with pytest.raises(ValueError, match=r"both.csv must have labels of one kind: years or"):
+            PromptPairs.from_csv(path, tokenizer)
 
 
 @pytest.mark.parametrize(

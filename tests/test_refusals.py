@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    PreTrainedModel,
+)
 
 import zoo
 from atp_fast import Engine, PromptPairs
+from atp_fast.hf import inspect_model
 from atp_fast.hf.attention import _HARMLESS, LayerRun, _attention, _mask, running
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -238,12 +246,193 @@ def test_a_model_that_hands_its_attention_something_else(change: Change, reason:
         Engine(model)
 
 
-def test_heads_of_different_shapes() -> None:
+class BadBackward(torch.autograd.Function):
+    """The identity, through which a gradient comes back as NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * torch.nan
+
+
+def other_heads(model: PreTrainedModel) -> None:
+    model.model.layers[1] = zoo.build("llama", torch.float32, num_key_value_heads=4).model.layers[1]
+
+
+def detached(model: PreTrainedModel) -> None:
+    """Every module inside lets gradients through, the layer as a whole does not."""
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, out: out.detach())
+
+
+def bad_gradients(model: PreTrainedModel) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, args, out: BadBackward.apply(out))
+
+
+def infinite_logits(model: PreTrainedModel) -> None:
+    model.lm_head.weight.data[5] = torch.inf
+
+
+def second_list(model: PreTrainedModel) -> None:
+    model.others = nn.ModuleList([nn.Identity() for _ in range(3)]).eval()
+
+
+def skipped_layer(model: PreTrainedModel) -> None:
+    """The base model runs its last layers only."""
+    base = model.model
+    own = base.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        layers = base.layers
+        base.layers = nn.ModuleList(list(layers)[1:])
+        try:
+            return own(*args, **kwargs)
+        finally:
+            base.layers = layers
+
+    base.forward = forward
+
+
+def training(model: PreTrainedModel) -> None:
+    model.model.layers[2].mlp.train()
+
+
+# what is done to a model, and what is then said of it after its class
+CHANGED: dict[str, tuple[Callable[[PreTrainedModel], None], type[Exception], str]] = {
+    "heads": (other_heads, NotImplementedError, "its layers have heads of different shapes"),
+    "detached": (detached, NotImplementedError, "no gradient flows through its layers"),
+    "gradients": (bad_gradients, ValueError, "gradients that are not finite in layer 0"),
+    "logits": (infinite_logits, ValueError, "logits that are not finite on the tokens"),
+    "two lists": (second_list, NotImplementedError, "it has 2 lists of 3 layers, not one"),
+    "skipped": (skipped_layer, NotImplementedError, "does not call its layers one after the other"),
+    "training": (training, ValueError, "must be in evaluation mode"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changed_models(name: str) -> None:
+    """Engine raises; inspect_model, for whom it is no error, says the same."""
+    change, error, reason = CHANGED[name]
     model = zoo.build("llama", dtype=torch.float32)
-    other = zoo.build("llama", dtype=torch.float32, num_key_value_heads=4)
-    model.model.layers[1] = other.model.layers[1]
-    with pytest.raises(NotImplementedError, match="its layers have heads of different shapes"):
+    assert inspect_model(model).served
+    change(model)
+    who = "LlamaForCausalLM is not served: " if error is NotImplementedError else "model "
+    with pytest.raises(error, match=f"^{who}.*{reason}") as caught:
         Engine(model)
+    found = inspect_model(model)
+    assert (found.served, found.model) == (False, "LlamaForCausalLM")
+    assert found.reason == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "error"),
+    [
+        (LlamaModel, NotImplementedError),
+        (LlamaForSequenceClassification, NotImplementedError),
+        (LlamaForTokenClassification, NotImplementedError),
+        (nn.Linear, TypeError),
+    ],
+    ids=lambda x: x.__name__,
+)
+def test_other_heads_than_a_language_model_s(head: type[nn.Module], error: type[Exception]) -> None:
+    config = zoo.build("llama", dtype=torch.float32).config
+    model = head(2, 2) if head is nn.Linear else head(config)
+    reason = {TypeError: "got Linear"}.get(error, f"{head.__name__} is not served: it is no causal")
+    with pytest.raises(error, match=reason) as caught:
+        Engine(model.eval())
+    assert inspect_model(model).reason == str(caught.value)
+
+
+def test_the_text_half_of_a_model_with_images() -> None:
+    """Its heads are named in text_config only; on text it gives the numbers of the text model."""
+    text = zoo.build("gemma3", dtype=torch.float32)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text.config.to_dict(),
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            image_token_index=47,
+            boi_token_index=46,
+            eoi_token_index=45,
+        )
+    ).eval()
+    assert not hasattr(whole.config, "num_attention_heads")
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    pairs = zoo.random_pairs(text, 2, 6)
+    pairs = PromptPairs(pairs.clean_ids % 40 + 1, pairs.corrupted_ids % 40 + 1, pairs.answer_ids)
+    found, wanted = (
+        Engine(model).attribute(pairs, "nll", nodes=["k", "neuron"], progress=False).contribution
+        for model in (whole, text)
+    )
+    for kind, right in wanted.items():
+        assert right.abs().max() > 0
+        assert (found[kind] - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+def no_neurons(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp = nn.Tanh().eval()
+
+
+def fewer_neurons(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp = (
+        zoo.build("llama", torch.float32, intermediate_size=24).model.layers[1].mlp
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (no_neurons, "layer 1 has no down projection"),
+        (fewer_neurons, "layer 1 has another number of neurons than others"),
+    ],
+)
+def test_a_kind_of_node_that_a_model_lacks(
+    change: Callable[[PreTrainedModel], None], reason: str
+) -> None:
+    """What the kind is refused for is named; all other kinds are served."""
+    model = zoo.build("llama", dtype=torch.float32)
+    change(model)
+    engine, pairs = Engine(model), zoo.random_pairs(model, 2, 6)
+    assert engine.plug.inspection.refused == {"neuron": reason}
+    with pytest.raises(NotImplementedError, match=f"'neuron' of LlamaForCausalLM .*: {reason}"):
+        engine.attribute(pairs, nodes=["z", "neuron"])
+    assert set(engine.attribute(pairs, nodes=["z", "mlp_out"]).effect) == {"z", "mlp_out"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.2, 5.0])
+def test_how_far_a_model_may_differ_from_eager(dtype: torch.dtype, share: float) -> None:
+    """By what a dtype rounds to: 1e-4, 1e-2 and 5e-2 of the largest; `share` of it is added."""
+    model = zoo.build("llama", dtype=dtype)
+    rounding = {torch.float32: 1e-4, torch.float16: 1e-2}.get(dtype, 5e-2)
+    change = plugged_only(model, lambda out: out * (1 + share * rounding))
+    model.model.layers[2].register_forward_hook(change)
+    if share < 1:
+        Engine(model)
+        return
+    with pytest.raises(NotImplementedError, match="its layer 2's output differ"):
+        Engine(model)
+
+
+@pytest.mark.parametrize("pad", [0, 3, 10, 4])
+def test_padding_is_never_run(pad: int) -> None:
+    """A padding token's embedding, which nobody trained, may be anything."""
+    model = zoo.build("llama", dtype=torch.float32, pad_token_id=pad)
+    model.model.embed_tokens.weight.data[pad] = torch.nan
+    engine = Engine(model)
+    clean, corrupted = torch.arange(20, 26).repeat(2, 1), torch.arange(30, 36).repeat(2, 1)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    pairs = PromptPairs(
+        clean.where(mask, pad), corrupted.where(mask, pad), clean[:, 0], attention_mask=mask
+    )
+    found = engine.attribute(pairs, "nll", nodes=["z"], progress=False).effect["z"]
+    assert found.isfinite().all() and found.abs().max() > 0
 
 
 # ---- served, but with care
@@ -280,6 +469,38 @@ def test_prefixes_are_run_alone_only_where_rotations_do_not_depend_on_the_length
     found = engine.attribute(pairs, "nll", nodes=["q", "z"], progress=False).effect
     for kind, right in wanted.items():
         assert (found[kind] - right).abs().max() <= 1e-9 * right.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+@pytest.mark.parametrize("where", ["sliding_attention", "full_attention"])
+def test_rotations_of_each_kind_of_layer(kind: str, where: str) -> None:
+    """Gemma 3 has rotations for windows and others for whole prompts; one that depends on the length is enough."""
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    parameters: dict[str, dict[str, Any]] = {"sliding_attention": plain, "full_attention": plain}
+    parameters[where] = ROTATIONS[kind][0]
+    model = zoo.build("gemma3", dtype=torch.float32, rope_parameters=parameters)
+    assert Engine(model, "reference").plug.moves == (kind != "dynamic")
+
+
+def test_a_model_that_takes_no_positions() -> None:
+    """Its prefixes cannot be run alone, for what follows them would stand at position 0; numbers stay."""
+    model = zoo.build("llama", wide_norms=True)
+    pairs = zoo.random_pairs(model, 2, 8, shared_prefix=4)
+    wanted = Engine(model, "reference").attribute(pairs, nodes=["q"], progress=False).effect["q"]
+    own, base = model.forward, model.model.forward
+
+    def forward(input_ids: Tensor, use_cache: bool = False) -> Any:
+        return own(input_ids=input_ids, use_cache=use_cache)
+
+    def base_forward(input_ids: Tensor, use_cache: bool = False, **kwargs: Any) -> Any:
+        assert "position_ids" not in kwargs or kwargs["position_ids"] is None
+        return base(input_ids=input_ids, use_cache=use_cache, **kwargs)
+
+    model.forward, model.model.forward = forward, base_forward
+    engine = Engine(model, "reference")
+    assert not engine.plug.moves
+    found = engine.attribute(pairs, nodes=["q"], progress=False).effect["q"]
+    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
 
 
 GRANITE = {**zoo.FAMILIES["llama"], "embedding_multiplier": 3.0, "attention_multiplier": 0.3}

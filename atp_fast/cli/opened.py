@@ -26,7 +26,7 @@ def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> O
     """What `atp-fast attribute` left in a folder, with its model loaded in the dtype of that run.
 
     model: where the model is now, the run's own name for it when None. Raises OSError for a folder that is no run,
-    ValueError when the pairs are not those of the run.
+    ValueError when the pairs are not those of the run, or stood in other columns there.
     """
     from atp_fast.engine import Engine
     from atp_fast.models import load_model
@@ -45,5 +45,9 @@ def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> O
     pairs = PromptPairs.from_jsonl(folder / PAIRS, tokenizer)
     if pairs.digest() != found.metadata.get("pairs_digest"):
         raise ValueError(f"{folder / PAIRS} must hold the pairs of {folder / RUN}, it holds others")
+    if pairs.attention_mask.sum(0).tolist() != found.counts.tolist():
+        raise ValueError(
+            f"{folder / PAIRS} must hold pairs in the columns of {folder / RUN}, whose pairs were padded on the left"
+        )
     direction: Direction = "denoising" if found.direction == "denoising" else "noising"
     return OpenedRun(found, pairs, Engine(network, backend), direction)

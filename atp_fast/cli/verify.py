@@ -43,7 +43,7 @@ def verify(
 
     opened = open_run(run, model, backend)
     kinds = None if nodes is None else options.names(nodes)
-    chosen = opened.found.top(min(top, len(opened.found)), kinds)
+    chosen = opened.found.top(min(top, opened.found.count(kinds)), kinds)
     exact = opened.engine.patch(
         opened.pairs, chosen, metric=opened.found.metric, direction=opened.direction
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ class Agreement:
                 go.Scatter(
                     x=[row.contribution for row in rows],
                     y=[row.node.contribution for row in rows],
-                    text=[_name(row.node) for row in rows],
+                    text=[_text(_name(row.node)) for row in rows],
                     mode="markers",
                     name=kind,
                     marker={"size": 6, "opacity": 0.7},
@@ -117,14 +118,19 @@ class Agreement:
             figure.add_trace(
                 go.Scatter(x=ends, y=ends, mode="lines", name="exact = estimated", line=line)
             )
-        figure.update_xaxes(type="log", title=f"exact contribution ({self.metric})")
-        figure.update_yaxes(type="log", title=f"estimated by {self.method}")
+        figure.update_xaxes(type="log", title=_text(f"exact contribution ({self.metric})"))
+        figure.update_yaxes(type="log", title=_text(f"estimated by {self.method}"))
         figure.update_layout(template="plotly_white", title="Estimates beside exact effects")
         return figure
 
 
 def _name(node: ScoredNode) -> str:
     return label(node) + ("" if node.token is None else f" {node.token!r}")
+
+
+def _text(text: str) -> str:
+    """Text for plotly, which would read <bos> as a tag."""
+    return html.escape(text, quote=False)
 
 
 def agreement(

@@ -110,9 +110,14 @@ class NodeScores:
         )
 
     def __len__(self) -> int:
-        """Nodes that some pair has: positions that are padding everywhere hold none."""
+        return self.count()
+
+    def count(self, kinds: Iterable[str] | None = None) -> int:
+        """Nodes, of these kinds, that some pair has: positions that are padding everywhere hold none."""
         live = int((self.counts > 0).sum())
-        return sum(self.space.layers * live * self.space.widths[kind] for kind in self.space.kinds)
+        return sum(
+            self.space.layers * live * self.space.widths[kind] for kind in self._kinds(kinds)
+        )
 
     def cpu(self: Scores) -> Scores:
         """The same with all tables on the CPU: what to keep of many runs on a GPU, whose memory they would fill."""

@@ -75,6 +75,7 @@ class EngineCase:
             "model": str(getattr(model.config, "name_or_path", "")),
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(next(model.parameters()).dtype),
+            "precision": self.engine.precision,
             "pairs": self.pairs.digest(),
             "metric": resolve(self.metric, self.pairs).name,
             "direction": self.direction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -205,6 +206,7 @@ def curves_figure(study: Study, title: str) -> Any:
             shown.add(name)
     figure.update_xaxes(type="log", title="K")
     figure.update_yaxes(type="log", title="forward-pass equivalents")
+    title = html.escape(title, quote=False)  # plotly reads tags in it
     figure.update_layout(title=title, height=450 * rows, template="plotly_white")
     return figure
 
@@ -230,7 +232,7 @@ def draw_png(study: Study, path: str | Path, title: str) -> None:
     lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
     if lines:
         picture.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5)
-    picture.suptitle(title)
+    picture.suptitle(title, parse_math=False)
     picture.savefig(path, format="png", dpi=110)
 
 

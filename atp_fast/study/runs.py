@@ -257,6 +257,7 @@ class _Run:
                     "settings": [ranking.setting for ranking in rankings],
                     "top": self.top,
                     "limit": self.plan.limit,
+                    "lookahead": self.plan.lookahead,
                     "seed": seed,
                 }
                 pieces.append(self.piece(f"{method}-{seed}", about, compute))
