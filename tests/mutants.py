@@ -408,12 +408,6 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/results/report.py",
-        'title="{html.escape(hint)}">',
-        'title="{hint}">',
-        "tests/test_results.py",
-    ),
-    Fault(
-        "atp_fast/results/report.py",
         "{html.escape(visible(token))}</span>",
         "{visible(token)}</span>",
         "tests/test_results.py",
@@ -512,13 +506,8 @@ class Copy:
         done = subprocess.run(
             command, shell=True, cwd=self.folder, env=environment, capture_output=True, text=True
         )
-        return (
-            "survived"
-            if done.returncode == 0
-            else "caught"
-            if done.returncode == 1
-            else done.stdout[-500:]
-        )
+        verdicts = {0: "survived", 1: "caught"}
+        return verdicts.get(done.returncode, done.stdout[-500:])
 
 
 def main() -> None:
@@ -538,10 +527,10 @@ def main() -> None:
                 found = copy.run(fault)
             finally:
                 copies.put(copy)
-            print(
-                f"{found:9} {fault.file}: {fault.new.strip().splitlines()[0] if fault.new.strip() else 'without ' + fault.old.strip()}",
-                flush=True,
-            )
+            new = fault.new.strip()
+            what = new.splitlines()[0] if new else f"without {fault.old.strip()}"
+            why = next((why for end, why in SURVIVORS.items() if new.endswith(end)), "")
+            print(f"{found:9} {fault.file}: {what} {why and f'({why})'}".rstrip(), flush=True)
             return found
 
         with ThreadPoolExecutor(options.workers) as pool:

@@ -143,6 +143,7 @@ def test_constant_effects_have_no_spread():
     found = bound_missed(ToyPatcher(np.zeros(12)), forwards=300)
     assert found.bounds == (0.0, 0.0, 0.0)
     assert found.p_value(1e-9) == 0.0
+    assert found.p_value(0.0) == 1.0  # an effect of 0 reaches 0
 
 
 def test_ten_thousand_nodes_are_quick_and_the_seed_decides():
