@@ -16,6 +16,7 @@ from atp_fast._version import __version__
 from atp_fast.attribution.memory import SweepPlan, SweepSize, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
 from atp_fast.attribution.question import Question, check_method
+from atp_fast.attribution.runs import shared_start
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.sweep import sweep
 from atp_fast.hf import Plug
@@ -82,7 +83,7 @@ class Engine:
         run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
         measure, kinds = resolve(metric, run_pairs), check_kinds(nodes)
-        space = self.plug.space(pairs.clean_ids.shape[1], kinds)
+        space = self.plug.space(pairs.width, kinds)
         if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
             reason = self.plug.inspection.refused["graddrop"]
             raise NotImplementedError(
@@ -110,7 +111,7 @@ class Engine:
                 )
                 clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
         seconds = time.perf_counter() - began
-        counts = pairs.attention_mask.sum(0).cpu()
+        counts = pairs.present.sum(0).cpu()
         per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
         return Attribution(
             contribution={kind: t.div_(per_position) for kind, t in scores.score.items()},
@@ -179,7 +180,7 @@ class Engine:
         exclude: the verified nodes, such as `patch(...).nodes`; nodes: the kinds the bound is about. Nodes before the
         first differing token have effect 0 and are left out.
         """
-        space = self.plug.space(pairs.clean_ids.shape[1], check_kinds(nodes))
+        space = self.plug.space(pairs.width, check_kinds(nodes))
         candidates = [space.node(int(flat)) for flat in moving_ids(space, pairs)]
         known = set(candidates)
         return bound_missed(
@@ -236,7 +237,7 @@ class Engine:
         if columns == 0:
             raise ValueError(f"{'nodes' if sets is None else 'subsets'} must not be empty, got []")
         kinds = _kinds_of(distinct)
-        space = self.plug.space(pairs.clean_ids.shape[1], kinds)
+        space = self.plug.space(pairs.width, kinds)
         for node in distinct:
             space.check(node)
         numbers = None
@@ -267,8 +268,8 @@ class Engine:
     # ---- plans and checks
 
     def _plan(self, pairs: PromptPairs, metric: Metric, scores: Scores) -> SweepPlan:
-        longest = int(pairs.lengths.max())
-        shared = min(int(pairs.split.min()), longest - 1) if self.plug.moves else 0
+        longest = int(torch.maximum(pairs.lengths, pairs.corrupted_lengths).max())
+        shared = shared_start(pairs) if self.plug.moves else 0
         size = SweepSize(
             positions=longest - shared,
             prefix=shared,
@@ -276,6 +277,7 @@ class Engine:
             kinds=scores.space.kinds,
             logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
             precision=self.precision,
+            spans=pairs.spans is not None,
         )
         budget = budget_for(self.plug, self._asked_budget)
         together = metric.all_pairs_at_once
@@ -290,7 +292,8 @@ class Engine:
 
     def check_pairs(self, pairs: PromptPairs) -> None:
         """Raises ValueError, naming the pair, where the model's context or vocabulary cannot hold a prompt."""
-        context, length = self.plug.inspection.context, pairs.lengths
+        context = self.plug.inspection.context
+        length = torch.maximum(pairs.lengths, pairs.corrupted_lengths)
         if context is not None and int(length.max()) > context:
             raise ValueError(
                 f"pairs must fit the model's context of {context} tokens, got a prompt of {int(length.max())} "

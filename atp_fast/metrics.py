@@ -124,8 +124,19 @@ def resolve(metric: MetricLike, pairs: PromptPairs) -> Metric:
                          activations are patched in, so that a divergence has a gradient.
     It gets every position, or only each pair's last one if it has an attribute `positions = "last"`. It returns one
     value per pair. Raises ValueError for an unknown name or signature and for a metric that needs wrong answers
-    where there are none, TypeError for anything that is not a metric.
+    where there are none, or every position where the prompts of a pair differ in length, TypeError for anything that is
+    not a metric.
     """
+    chosen = _chosen(metric, pairs)
+    if chosen.positions == "all" and not pairs.aligned:
+        raise ValueError(
+            f"metric {chosen.name!r} looks at every position, which the prompts of a pair must then share: give it "
+            'positions="last", or prompts of equal length'
+        )
+    return chosen
+
+
+def _chosen(metric: MetricLike, pairs: PromptPairs) -> Metric:
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):

@@ -35,6 +35,7 @@ class Fault(NamedTuple):
 SWEEP = "tests/test_sweep.py -k mixed"
 PATCH = "tests/test_patching.py -k mixed"
 STOP = "tests/test_engine.py -k stopped"
+SPANS = "tests/test_spans.py"
 REFUSE = "tests/test_refusals.py"
 OPTIONS = "tests/test_cli_options.py"
 OPS = "tests/test_ops_cpp.py"
@@ -108,15 +109,63 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/runs.py",
-        "return (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])",
-        "return (columns >= self.pairs.split[:, None]) & (columns <= self.pairs.lengths[:, None])",
+        "live = (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])",
+        "live = (columns >= self.pairs.split[:, None]) & (columns <= self.pairs.lengths[:, None])",
         SWEEP,
     ),
     Fault(
         "atp_fast/attribution/runs.py",
-        "start = min(int(pairs.split.min()), positions - 1) if plug.moves else 0",
-        "start = min(int(pairs.split.max()), positions - 1) if plug.moves else 0",
+        "return min(int(pairs.split.min()), int(shortest.min()) - 1)",
+        "return min(int(pairs.split.max()), int(shortest.min()) - 1)",
         SWEEP,
+    ),
+    Fault(
+        "atp_fast/attribution/runs.py",
+        "return min(int(pairs.split.min()), int(shortest.min()) - 1)",
+        "return min(int(pairs.split.min()), int(shortest.max()) - 1)",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/attribution/runs.py",
+        'plug.keys_values(number, moved["resid_pre"], *given)',
+        "pass",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/attribution/runs.py",
+        "return live if self.source is None else live & (self.source >= 0)",
+        "return live",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/prompts/table.py",
+        "lowest = torch.where(shifted, torch.minimum(source, columns), columns.shape[0]).amin(1)",
+        "lowest = first",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/prompts/spans.py",
+        "place = t + (self.corrupted[..., 1:] - self.clean[..., 1:])",
+        "place = t + (self.corrupted[..., :1] - self.clean[..., :1])",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/attribution/sweep.py",
+        "if len(grad) == 1 or self.spans is not None:",
+        "if len(grad) == 1:",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/patching/sessions.py",
+        "before = (end - first).cumsum(0) - (end - first)",
+        "before = (end - first).cumsum(0) * 0",
+        SPANS,
+    ),
+    Fault(
+        "atp_fast/prompts/encoding.py",
+        "first = len(self.with_prefix(ids)) - len(ids)",
+        "first = len(self.prefix)",
+        "tests/test_span_texts.py",
     ),
     Fault(
         "atp_fast/attribution/runs.py",
@@ -144,8 +193,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/patching/sessions.py",
-        "position = table.position[node] - self.pairs.starts.cpu()[pair]",
-        "position = table.position[node]",
+        "return torch.arange(len(pair)), column - self.pairs.starts.cpu()[pair]",
+        "return torch.arange(len(pair)), column",
         PATCH,
     ),
     Fault(
@@ -167,9 +216,9 @@ FAULTS = [
         PATCH,
     ),
     Fault(
-        "atp_fast/patching/subsets.py",
-        "moved = (columns >= first[:, None]) & (columns <= pairs.last[:, None])",
-        "moved = (columns >= first[:, None]) & (columns < pairs.last[:, None])",
+        "atp_fast/prompts/table.py",
+        "columns <= self.last[:, None]",
+        "columns < self.last[:, None]",
         "tests/test_cli_study.py -k ragged",
     ),
     Fault(
@@ -395,7 +444,7 @@ FAULTS = [
     ),
     # labels, files, the page
     Fault(
-        "atp_fast/prompts/pairs.py",
+        "atp_fast/prompts/table.py",
         "for column, token in enumerate(tokens, start=start):",
         "for column, token in enumerate(tokens):",
         "tests/test_pairs.py",

@@ -634,7 +634,7 @@ def test_all_tensors_move_to_a_device():
     )
     moved = pairs.to("meta")
     tensors = {name: x for name, x in vars(moved).items() if isinstance(x, torch.Tensor)}
-    assert len(tensors) == 5
+    assert len(tensors) == 6
     assert {x.device.type for x in tensors.values()} == {"meta"}
     assert moved.tokens == pairs.tokens and pairs.device.type == "cpu"
 

@@ -284,6 +284,12 @@ def _batch_effects(
         tape, logits = _forward(model, layers, kinds, ids, right.attention_mask, last)
         return tape, logits if last is not None else _own_columns(logits, pairs)
 
+    def by_span(effect: Tensor) -> Tensor:
+        """(..., pairs, positions, nodes) summed over the positions of each span, if there are spans."""
+        if right.spans is None:
+            return effect
+        return torch.einsum("pst,...ptn->...psn", right.spans.members(positions).to(effect), effect)
+
     with torch.no_grad():
         corrupted, source_logits = run(right.corrupted_ids)
     clean, logits = run(right.clean_ids)
@@ -306,7 +312,7 @@ def _batch_effects(
         clean.dropped = dropped
         grads = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
         for (key, delta), grad in zip(deltas.items(), grads[: len(deltas)], strict=True):
-            effect = (delta * _by_position(key[0], grad, positions)).sum(-1)
+            effect = by_span((delta * _by_position(key[0], grad, positions)).sum(-1))
             if dropped is None:
                 signed[key] = effect
             else:
@@ -323,16 +329,16 @@ def _batch_effects(
                 effects = ops.query_patch_effects(q, k, v, q_corrupted=other, **options)
             else:
                 effects = ops.key_patch_effects(q, k, v, k_corrupted=other, **options)
+            effects = by_span(effects)
             signed[kind, layer] = effects[0]
             absolute[kind, layer] = effects[1:].abs().sum(0)
 
     def stacked(scores: Mapping[tuple[str, int], Tensor]) -> Scores:
-        return {
-            kind: _own_columns(
-                torch.stack([scores[kind, layer] for layer in range(len(layers))], 2), pairs
-            ).transpose(1, 2)
-            for kind in kinds
-        }
+        found = {}
+        for kind in kinds:
+            x = torch.stack([scores[kind, layer] for layer in range(len(layers))], 2)
+            found[kind] = (x if pairs.spans is not None else _own_columns(x, pairs)).transpose(1, 2)
+        return found
 
     if not graddrop:
         return stacked(signed), {}
@@ -374,6 +380,10 @@ def literal_attribution(
     if model.training:
         raise ValueError("model must be in evaluation mode, got training mode; call model.eval()")
     pairs = (pairs.swapped() if direction == "denoising" else pairs).to(model.device)
+    if pairs.spans is not None and not torch.equal(pairs.spans.clean, pairs.spans.corrupted):
+        raise NotImplementedError(
+            "the literal code takes spans that stand at the same positions in both prompts, these do not"
+        )
     chosen = resolve(metric, pairs)
     size = len(pairs) if batch_size is None else batch_size
     if chosen.all_pairs_at_once and size < len(pairs):
@@ -392,7 +402,7 @@ def literal_attribution(
     per_pair = signed
     if graddrop:
         per_pair = {kind: torch.cat([result[1][kind] for result in results]) for kind in kinds}
-    counts = pairs.attention_mask.sum(0).clamp(min=1)[:, None]
+    counts = pairs.present.sum(0).clamp(min=1)[:, None]
     contribution = {kind: x.abs().sum(0) / counts for kind, x in per_pair.items()}
     effect = {kind: x.sum(0) / counts for kind, x in signed.items()}
     return contribution, effect, per_pair

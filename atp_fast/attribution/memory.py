@@ -109,6 +109,9 @@ class SweepSize(NamedTuple):
     kinds: tuple[str, ...]
     logits: int  # positions of each pair at which the metric looks
     precision: str | None = None  # of the cotangents' products
+    spans: bool = (
+        False  # effects are kept per cotangent until they are summed over a span's positions
+    )
 
 
 class Costs(NamedTuple):
@@ -123,6 +126,7 @@ class Costs(NamedTuple):
     prefix: int  # per prefix position: keys and values of all layers, and those of the layer at work, of both runs
     prefix_gradient: int  # per prefix position: one cotangent of keys and values
     logits: int  # per logit position: logits, their copy in the user's columns, the metric's own work, gradients
+    signed: int  # one cotangent's effects of the widest kind, and their copy where they count
     narrow: int  # per tape, whatever the pairs and positions: the weights in bfloat16
 
 
@@ -144,6 +148,7 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
         prefix=item * kv_heads * (layers + 3),
         prefix_gradient=item * 2 * kv_heads,
         logits=item * 6 * plug.vocabulary,
+        signed=2 * item * max(found.heads, neurons),
         narrow=2 * plug.layer_weights,
     )
 
@@ -163,7 +168,9 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
         cotangents = min(size.cotangents, layers - layer)
         chunk = min(plan.chunk, cotangents)
         # when all cotangents are one chunk, they are through the MLP before the first effects are taken
-        mlp = chunk * cost.mlp + (cost.found if chunk < cotangents else 0)
+        mlp = chunk * cost.mlp + (cost.found if chunk < cotangents or size.spans else 0)
+        if size.spans:
+            mlp += chunk * cost.signed
         work = size.positions * max(mlp, cost.found + chunk * cost.attention)
         work += size.positions * cotangents * cost.carried
         work += size.prefix * chunk * cost.prefix_gradient

@@ -2,7 +2,8 @@
 
 Only each layer's input is kept, (pairs, positions, hidden) for either run; everything inside a layer is computed
 again when it is needed. Positions before the first differing token of the batch (`start` of them) are run once and
-leave their keys and values behind: they have no effect, and nothing in the sweep needs them otherwise.
+leave their keys and values behind: they have no effect, and nothing in the sweep needs them otherwise. Prompts of
+different lengths are each run at their own positions; the corrupted values are then moved to those they stand for.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from atp_fast.prompts.pairs import PromptPairs
 class PairRuns:
     """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
 
-    clean, corrupted: layer inputs, (pairs, positions, hidden); values: node values of the corrupted run, and keys_values:
-    keys and values of the clean run at every position, prefix included, both if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
+    clean, corrupted: layer inputs, (pairs, positions, hidden), the latter at the corrupted prompts' own positions;
+    source: the corrupted position, from `start` on, that stands for each clean one, -1 where none does, (pairs,
+    positions), or None where each stands for itself; values: node values of the corrupted run, resid_pre included, moved
+    to the positions they stand for, and keys_values: keys and values of the clean run at every position, prefix
+    included, both if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
     given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
     model's device. Everything is computed in the latter layout: no real position ever sees padding.
     """
@@ -35,6 +39,7 @@ class PairRuns:
     pairs: PromptPairs
     start: int
     arguments: list[LayerArguments]
+    source: Tensor | None = None
     clean: list[Tensor] = field(default_factory=list)
     corrupted: list[Tensor] = field(default_factory=list)
     prefixes: list[Prefix | None] = field(default_factory=list)
@@ -49,17 +54,52 @@ class PairRuns:
         return self.pairs.clean_ids.shape[1] - self.start
 
     def differs(self) -> Tensor:
-        """(pairs, positions) bool: real positions from each pair's own first differing token on."""
+        """(pairs, positions) bool: real positions from each pair's own first differing token on, that a value of the
+        corrupted run stands for."""
         columns = torch.arange(
             self.start, self.start + self.positions, device=self.pairs.clean_ids.device
         )
-        return (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])
+        live = (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])
+        return live if self.source is None else live & (self.source >= 0)
+
+    def spans(self) -> Tensor | None:
+        """(pairs, spans, positions) bool: the position belongs to the span and has an effect; None without spans."""
+        if self.pairs.spans is None:
+            return None
+        members = self.pairs.spans.members(self.start + self.positions)[..., self.start :]
+        return members & self.differs()[:, None]
+
+    def aligned(self, plug: Plug, number: int, values: Values) -> Values:
+        """A layer's corrupted values, resid_pre among them, moved to the clean positions that they stand for.
+
+        Queries, keys and values are computed at the clean positions from the moved layer input: a rotation by position
+        is then that of the place where they are put.
+        """
+        if self.source is None:
+            return values
+        at = self.source.clamp(min=0)
+        moved: Values = {}
+        for kind, value in values.items():
+            index = at[:, None, :, None] if kind in ATTENTION_KINDS else at[..., None]
+            moved[kind] = value.take_along_dim(index, -2)
+        projected = {"q", "k", "v"} & set(values)
+        if projected:
+            visit = keeper(moved, tuple(projected))
+            given = self.arguments[number], self.prefixes[number], visit
+            with torch.no_grad():
+                plug.keys_values(number, moved["resid_pre"], *given)
+        return moved
 
 
-def filled(pairs: PromptPairs, ids: Tensor) -> Tensor:
+def filled(ids: Tensor, mask: Tensor) -> Tensor:
     """Right-padded ids with each row's last token in its padding: no real position sees it, no warning is due."""
-    last = ids.gather(1, pairs.last[:, None])
-    return torch.where(pairs.attention_mask, ids, last)
+    return torch.where(mask, ids, ids.gather(1, mask.sum(1, keepdim=True) - 1))
+
+
+def shared_start(pairs: PromptPairs) -> int:
+    """Leading positions that are the same in all prompts of right-padded pairs, up to the shortest prompt's last."""
+    shortest = torch.minimum(pairs.lengths, pairs.corrupted_lengths)
+    return min(int(pairs.split.min()), int(shortest.min()) - 1)
 
 
 def run_pairs(
@@ -77,9 +117,10 @@ def run_pairs(
     so that the sweep need not run them again. Other layers run both prompts in one batch.
     """
     pairs = given.right_padded().to(plug.device)
-    clean, corrupted = filled(pairs, pairs.clean_ids), filled(pairs, pairs.corrupted_ids)
+    clean = filled(pairs.clean_ids, pairs.attention_mask)
+    corrupted = filled(pairs.corrupted_ids, pairs.corrupted_attention_mask)
     positions = clean.shape[1]
-    start = min(int(pairs.split.min()), positions - 1) if plug.moves else 0
+    start = shared_start(pairs) if plug.moves else 0
     prefixes: list[Prefix | None] = [None] * len(plug.layers)
     prefix_output = None
     if start:
@@ -88,7 +129,13 @@ def run_pairs(
     both, doubled = plug.enter(torch.cat([clean[:, start:], corrupted[:, start:]]), start)
     first = torch.arange(batch, device=both.device)
     arguments = [a.rows(first, 2 * batch) for a in doubled]
-    runs = PairRuns(given, pairs, start, arguments, prefixes=prefixes, prefix_output=prefix_output)
+    source = None
+    if pairs.spans is not None:  # never before `start`: see PairTable.split
+        source = pairs.sources(positions)[:, start:]
+        source = torch.where(source >= 0, source - start, -1)
+    runs = PairRuns(
+        given, pairs, start, arguments, source, prefixes=prefixes, prefix_output=prefix_output
+    )
     x, y = both[:batch], both[batch:]
     finite = FiniteCheck()
     for number in range(len(plug.layers)):
@@ -97,7 +144,7 @@ def run_pairs(
         if plan is not None and number >= plan.taped_from:
             prefix = prefixes[number]
             tape = LayerTape(plug, number, x, arguments[number], prefix, kinds, plan.precision)
-            y, values = run_for_values(plug, runs, number, y, kinds)
+            y, values = corrupted_values(plug, runs, number, kinds)
             x = tape.out.detach()
             runs.tapes[number] = tape, values
         else:
@@ -112,7 +159,9 @@ def run_pairs(
             if keep_values:
                 # copies, so that the rest of this layer's values can go
                 kept = {kind: values[kind][batch:].clone() for kind in kinds if kind in values}
-                runs.values.append(kept)
+                runs.values.append(
+                    runs.aligned(plug, number, {**kept, "resid_pre": runs.corrupted[-1]})
+                )
                 k, v = values["k"][:batch], values["v"][:batch]
                 runs.keys_values.append(_joined(prefixes[number], k, v))
         finite.note(x, f"layer {number}")
@@ -152,18 +201,20 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
     return prefixes, x.expand(batch, -1, -1)
 
 
-def run_for_values(
-    plug: Plug, runs: PairRuns, number: int, x: Tensor, kinds: Sequence[str]
+def corrupted_values(
+    plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str]
 ) -> tuple[Tensor, Values]:
-    """One layer on x without a graph: its output, and its node values.
+    """One layer of the corrupted run, without a graph: its output, and its node values where they stand.
 
     q, k, v, z: (pairs, heads, positions, dim); neuron, writes, resid_pre: (pairs, positions, width).
     """
+    x = runs.corrupted[number]
     values: Values = {"resid_pre": x}
     visit = keeper(values, (*kinds, *ATTENTION_KINDS))
     run = LayerRun(plug.backend, visit, runs.prefixes[number], tuple(kinds))
     with torch.no_grad():
-        return plug.run_layer(number, x, runs.arguments[number], run), values
+        out = plug.run_layer(number, x, runs.arguments[number], run)
+    return out, runs.aligned(plug, number, values)
 
 
 def metric_logits(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) -> Tensor:
@@ -173,7 +224,7 @@ def metric_logits(plug: Plug, runs: PairRuns, output: Tensor, metric: Metric) ->
     padding repeat a real one.
     """
     if metric.positions == "last":
-        return _finite_logits(plug, _ends(runs, output))
+        return _finite_logits(plug, _ends(runs, output, runs.pairs.last))
     logits = _finite_logits(plug, output)
     if runs.prefix_output is not None:
         with torch.no_grad():
@@ -188,7 +239,8 @@ def both_logits(plug: Plug, runs: PairRuns, clean: Tensor, metric: Metric) -> tu
     """metric_logits of the clean run, whose last output is given, and of the corrupted one, which has no graph."""
     corrupted = runs.corrupted[-1]
     if metric.positions == "last":  # few rows: the head's weights are read once for both
-        ends = torch.cat([_ends(runs, clean), _ends(runs, corrupted)])
+        last = runs.pairs.corrupted_lengths - 1
+        ends = torch.cat([_ends(runs, clean, runs.pairs.last), _ends(runs, corrupted, last)])
         first, second = _finite_logits(plug, ends).chunk(2)
         return first, second.detach()
     with torch.no_grad():
@@ -196,10 +248,10 @@ def both_logits(plug: Plug, runs: PairRuns, clean: Tensor, metric: Metric) -> tu
     return metric_logits(plug, runs, clean, metric), found
 
 
-def _ends(runs: PairRuns, output: Tensor) -> Tensor:
+def _ends(runs: PairRuns, output: Tensor, last: Tensor) -> Tensor:
     """The last layer's output at each pair's last position, (pairs, 1, hidden)."""
     rows = torch.arange(len(runs.pairs), device=output.device)
-    return output[rows, runs.pairs.last - runs.start][:, None]
+    return output[rows, last - runs.start][:, None]
 
 
 def _finite_logits(plug: Plug, output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atp_fast import ops
 from atp_fast.attribution.memory import SweepPlan
-from atp_fast.attribution.runs import PairRuns, both_logits, run_for_values, run_pairs
+from atp_fast.attribution.runs import PairRuns, both_logits, corrupted_values, run_pairs
 from atp_fast.attribution.scores import Found, Place, Scores
 from atp_fast.attribution.tape import LayerTape, Values
 from atp_fast.hf import Plug
@@ -47,14 +47,18 @@ def sweep(
     live = runs.differs()
     any_live, all_live = bool(live.any()), bool(live.all())
     starts = runs.start + pairs.starts.to(plug.device)
-    place = Place.of(rows, starts, runs.positions, None if all_live else live)
+    spans = runs.spans()
+    if spans is None:
+        place = Place.of(rows, starts, runs.positions, None if all_live else live)
+    else:
+        place = Place(rows, slice(None), None)
     chunk = plan.chunk
     for number in reversed(range(len(plug.layers))):
         if any_live:
             while True:
                 try:
                     # the layer's tape is gone when this returns
-                    cotangents, found = _Layer(plug, runs, plan, scores, number).sweep(
+                    cotangents, found = _Layer(plug, runs, plan, scores, number, spans).sweep(
                         cotangents, chunk
                     )
                     break
@@ -90,16 +94,23 @@ class _Layer:
     """One layer's part of the sweep: effects of its nodes, and the cotangents of its input."""
 
     def __init__(
-        self, plug: Plug, runs: PairRuns, plan: SweepPlan, scores: Scores, number: int
+        self,
+        plug: Plug,
+        runs: PairRuns,
+        plan: SweepPlan,
+        scores: Scores,
+        number: int,
+        spans: Tensor | None,
     ) -> None:
-        self.plug, self.scores, self.number = plug, scores, number
+        """spans: which positions each span sums, as PairRuns.spans gives them."""
+        self.plug, self.scores, self.number, self.spans = plug, scores, number, spans
         self.kinds, self.method = scores.space.kinds, scores.method
         self.start, self.prefix = runs.start, runs.prefixes[number]
         kept = runs.tapes.pop(number, None)
         if kept is None:
             x, arguments = runs.clean[number], runs.arguments[number]
             tape = LayerTape(plug, number, x, arguments, self.prefix, self.kinds, plan.precision)
-            kept = tape, run_for_values(plug, runs, number, runs.corrupted[number], self.kinds)[1]
+            kept = tape, corrupted_values(plug, runs, number, self.kinds)[1]
         self.tape, self.corrupted = kept
         self.deltas: Values = {}
         self.found: Found = {}
@@ -194,7 +205,7 @@ class _Layer:
         grad = grad.to(delta.dtype)
         if kind == "neuron":  # each neuron is a node of its own
             delta, grad = delta[..., None], grad[..., None]
-        if len(grad) == 1:
+        if len(grad) == 1 or self.spans is not None:
             self._reduce(
                 kind, _rows_first(kind, ops.node_effects(delta, grad, backend=backend)), first
             )
@@ -208,6 +219,9 @@ class _Layer:
 
     def _reduce(self, kind: str, effects: Tensor, first: int) -> None:
         """Signed effects (C, pairs, positions, width) -> score; the one place where cotangents become a score."""
+        if self.spans is not None:
+            live = self.spans.any(1)[..., None]
+            effects = self.spans.to(effects.dtype) @ torch.where(live, effects, 0)
         weights = self.scores.weights(kind, self.number, first, len(effects))
         if len(effects) == 1:
             score = weights * effects[0].abs()

@@ -29,7 +29,7 @@ def keeper(values: Values, kinds: Sequence[str]) -> Visit:
 class LayerTape:
     """One layer run on its clean input under autograd.
 
-    values: node values on the graph, as `runs.run_for_values` gives them off it. The attention's output z is a fresh leaf, so
+    values: node values on the graph, as `runs.corrupted_values` gives them off it. The attention's output z is a fresh leaf, so
     the layer falls into two graphs, from its input to q, k, v and from z and its input to its output.
     """
 

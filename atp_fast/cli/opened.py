@@ -45,7 +45,7 @@ def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> O
     pairs = PromptPairs.from_jsonl(folder / PAIRS, tokenizer)
     if pairs.digest() != found.metadata.get("pairs_digest"):
         raise ValueError(f"{folder / PAIRS} must hold the pairs of {folder / RUN}, it holds others")
-    if pairs.attention_mask.sum(0).tolist() != found.counts.tolist():
+    if pairs.present.sum(0).tolist() != found.counts.tolist():
         raise ValueError(
             f"{folder / PAIRS} must hold pairs in the columns of {folder / RUN}, whose pairs were padded on the left"
         )

@@ -102,7 +102,7 @@ class Shards:
             **engine,
             **describe_question(question, pairs),
             "pairs": len(pairs),
-            "positions": pairs.clean_ids.shape[1],
+            "positions": pairs.width,
             "pairs_digest": pairs.digest(),
             "columns_digest": hashlib.sha256(columns).hexdigest(),
             "shard_size": shard_size,

@@ -137,8 +137,8 @@ class Patching:
 def _all_present(
     pairs: PromptPairs, table: NodeTable, subset: Tensor, node: Tensor, subsets: int
 ) -> Tensor:
-    """(pairs, subsets) bool: the pair has a real token at every node of the subset."""
-    missing = ~pairs.attention_mask.cpu()[:, table.position[node]]
+    """(pairs, subsets) bool: the pair has a real token, or the span, at every node of the subset."""
+    missing = ~pairs.present.cpu()[:, table.position[node]]
     count = torch.zeros((len(pairs), subsets), dtype=torch.int64).index_add_(
         1, subset, missing.long()
     )
@@ -159,10 +159,6 @@ class PatchSession:
         self.plug, self.pairs, self.metric = plug, pairs, metric
         self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
         self.runs: PairRuns = run_pairs(plug, pairs, kinds, keep_values=True)
-        self.corrupted = [
-            {**values, "resid_pre": x}
-            for values, x in zip(self.runs.values, self.runs.corrupted, strict=False)
-        ]
         with torch.no_grad():
             last, self.source_logits = self.runs.clean[-1], None
             if metric.needs_source_logits:
@@ -179,7 +175,7 @@ class PatchSession:
     def stored_bytes(self) -> int:
         """Bytes of both runs and of their node values."""
         kept = [*self.runs.clean, *self.runs.corrupted]
-        for values, keys_values in zip(self.corrupted, self.runs.keys_values, strict=True):
+        for values, keys_values in zip(self.runs.values, self.runs.keys_values, strict=True):
             kept += [*values.values(), *keys_values]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(sizes.values())
@@ -207,11 +203,11 @@ class PatchSession:
             row_pair = torch.arange(pairs).repeat_interleave(subsets)
         else:
             pair, row, row_pair = pair_index[subset], subset, pair_index
-        position = table.position[node] - self.pairs.starts.cpu()[pair]
-        first, length = self.pairs.split.cpu()[pair], self.pairs.lengths.cpu()[pair]
-        moved = (position >= first) & (position < length)
+        member, position = self._positions(pair, table.position[node])
+        pair, node = pair[member], node[member]
+        moved = self._moves(pair, position)
         patches = Patches(
-            row, table.kind[node], table.layer[node], position, table.index[node]
+            row[member], table.kind[node], table.layer[node], position, table.index[node]
         ).take(moved)
         found = torch.zeros(len(row_pair), dtype=self.clean_value.dtype)
         if self.metric.all_pairs_at_once:
@@ -229,6 +225,27 @@ class PatchSession:
                 done += len(rows)
             advance(len(row_pair) - done)
         return found.view(pairs, subsets) if pair_index is None else found
+
+    def _positions(self, pair: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions, from the prompt's first token, of each pair's column or of all tokens of its span, and the number
+        of the member that each belongs to; all (members,) or longer."""
+        spans = self.pairs.spans
+        if spans is None:
+            return torch.arange(len(pair)), column - self.pairs.starts.cpu()[pair]
+        first, end = spans.clean.cpu()[pair, column].unbind(1)
+        member = torch.arange(len(pair)).repeat_interleave(end - first)
+        before = (end - first).cumsum(0) - (end - first)
+        return member, first[member] + torch.arange(len(member)) - before[member]
+
+    def _moves(self, pair: Tensor, position: Tensor) -> Tensor:
+        """Bool: patching can change something there: the position is real, not before the first differing token, and a
+        corrupted value stands for it."""
+        first, length = self.pairs.split.cpu()[pair], self.pairs.lengths.cpu()[pair]
+        moved = (position >= first) & (position < length)
+        if self.runs.source is not None:
+            at = (position - self.runs.start).clamp(0, self.runs.positions - 1)
+            moved &= self.runs.source.cpu()[pair, at] >= 0
+        return moved
 
     def _values(self, logits: Tensor, pair: Tensor) -> Tensor:
         at = pair.to(logits.device)
@@ -283,7 +300,7 @@ class PatchSession:
         back = torch.argsort(order)
         mine = mine._replace(row=back[mine.row])
         layers, pair = layers[order], row_pair[rows][order].to(plug.device)
-        ids = filled(runs.pairs, runs.pairs.clean_ids)[:, begin:]
+        ids = filled(runs.pairs.clean_ids, runs.pairs.attention_mask)[:, begin:]
         with torch.no_grad():
             arguments = plug.enter(ids, begin)[1]
             x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
@@ -332,7 +349,7 @@ class PatchSession:
     ) -> tuple[Visit, tuple[str, ...]]:
         """A function that makes a layer's patches from position `begin` on, and the kinds that have some."""
         here = patches.take((patches.layer == layer) & (patches.position >= begin))
-        corrupted, start, device = self.corrupted[layer], self.runs.start, pair.device
+        corrupted, start, device = self.runs.values[layer], self.runs.start, pair.device
 
         def patch(kind: str, value: Tensor) -> Tensor:
             at = here.take(here.kind == KINDS.index(kind))

@@ -43,12 +43,10 @@ class Patcher(Protocol):
 def moving_ids(space: NodeSpace, pairs: PromptPairs) -> Ids:
     """Flat numbers, ascending, of the nodes whose patching can change anything.
 
-    That is at positions from the first differing token of some pair to its last: all others have effect 0 exactly.
+    That is at positions from the first differing token of some pair to its last, or in spans with such a position: all
+    others have effect 0 exactly.
     """
-    columns = torch.arange(space.positions, device=pairs.clean_ids.device)
-    first = pairs.starts + pairs.split
-    moved = (columns >= first[:, None]) & (columns <= pairs.last[:, None])
-    live = moved.any(0).cpu().numpy()
+    live = pairs.moving.any(0).cpu().numpy()
     grids = [np.broadcast_to(live[None, :, None], space.shape(kind)) for kind in space.kinds]
     found: Ids = np.flatnonzero(np.concatenate([grid.ravel() for grid in grids]))
     return found

@@ -31,34 +31,28 @@ def check_ids(
     return x.long()
 
 
-def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor:
+def check_mask(name: str, mask: Tensor | None, ids: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have shape {tuple(ids.shape)}, got {tuple(mask.shape)}"
-        )
+        raise ValueError(f"{name} must have shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
     if mask.device != ids.device:
-        raise ValueError(
-            f"attention_mask must be on {ids.device} as clean_ids is, got {mask.device}"
-        )
+        raise ValueError(f"{name} must be on {ids.device} as clean_ids is, got {mask.device}")
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "attention_mask must hold 1 on real tokens and 0 on padding, got other values"
-        )
+        raise ValueError(f"{name} must hold 1 on real tokens and 0 on padding, got other values")
     mask = mask.bool()
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
-            f"attention_mask must leave every pair at least one token, got none in pair {empty[0]}"
+            f"{name} must leave every pair at least one token, got none in pair {empty[0]}"
         )
     runs = mask[:, :1].int().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     torn = (runs > 1).nonzero().flatten().tolist()
     if torn:
         raise ValueError(
-            f"attention_mask must be one run of real tokens per pair, padding before or after, "
+            f"{name} must be one run of real tokens per pair, padding before or after, "
             f"got {int(runs[torn[0]])} runs in pair {torn[0]}"
         )
     return mask

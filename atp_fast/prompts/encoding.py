@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from atp_fast.prompts.spans import Named, Range, token_spans
+
 
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; every tokenizer of transformers has it."""
@@ -23,7 +25,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair as token ids; wrong_answer is None where none was given."""
+    """One pair as token ids; wrong_answer is None where none was given; spans are ranges of tokens."""
 
     clean: list[int]
     corrupted: list[int]
@@ -31,6 +33,8 @@ class EncodedPair:
     wrong_answer: int | None
     tokens: list[str]
     corrupted_tokens: list[str]
+    spans: dict[str, Range] | None = None
+    corrupted_spans: dict[str, Range] | None = None
 
 
 class Encoder:
@@ -91,6 +95,17 @@ class Encoder:
             )
         return self._text[token]
 
+    def spans(self, where: str, text: str, ids: list[int], spans: Named) -> dict[str, Range]:
+        """Token ranges of spans of characters of a text, whose bare ids are given; see spans.token_spans."""
+        try:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError as error:
+            raise ValueError(
+                "spans need a tokenizer that knows its tokens' characters (a fast one of transformers)"
+            ) from error
+        first = len(self.with_prefix(ids)) - len(ids)
+        return token_spans(where, text, found["offset_mapping"], first, spans)
+
     def texts(self, ids: Sequence[int]) -> list[str]:
         return [self.text(token) for token in ids]
 
@@ -134,10 +149,12 @@ def encode_pairs(
     answers: Sequence[str | int],
     wrong_answers: Sequence[str | int] | None,
     name: Callable[[int], str],
+    spans: Sequence[Sequence[Named]] | None = None,
 ) -> list[EncodedPair | ValueError]:
     """Each pair encoded, or the ValueError that says why it cannot be.
 
-    An answer given as an int is a token id already. name(i) is what errors call pair i.
+    An answer given as an int is a token id already. name(i) is what errors call pair i; spans: for the clean and for the
+    corrupted prompts, each prompt's spans of characters.
     """
     pairs = len(clean)
     ids = encoder.bare([*clean, *corrupted])
@@ -168,7 +185,7 @@ def encode_pairs(
                     f"which it reads as {encoder.texts(tokens)}"
                 )
         one, other = encoder.with_prefix(ids[i]), encoder.with_prefix(ids[pairs + i])
-        if len(one) != len(other):
+        if spans is None and len(one) != len(other):
             raise ValueError(_mismatch(name(i), encoder.texts(one), encoder.texts(other)))
         answer, wrong = token(i, "answer", answers[i]), token(i, "wrong answer", wrongs[i])
         assert answer is not None
@@ -176,7 +193,21 @@ def encode_pairs(
             raise ValueError(
                 f"wrong answer of {name(i)} must differ from its answer, got {encoder.text(answer)!r} for both"
             )
-        return EncodedPair(one, other, answer, wrong, encoder.texts(one), encoder.texts(other))
+        texts = encoder.texts(one), encoder.texts(other)
+        if spans is None:
+            return EncodedPair(one, other, answer, wrong, *texts)
+        found = [
+            encoder.spans(f"{side} prompt of {name(i)}", text, tokens, rows[i])
+            for side, text, tokens, rows in (
+                ("clean", clean[i], ids[i], spans[0]),
+                ("corrupted", corrupted[i], ids[pairs + i], spans[1]),
+            )
+        ]
+        if found[0].keys() != found[1].keys():
+            raise ValueError(
+                f"{name(i)} must have the same spans in both prompts, got {list(found[0])} and {list(found[1])}"
+            )
+        return EncodedPair(one, other, answer, wrong, *texts, *found)
 
     encoded: list[EncodedPair | ValueError] = []
     for i in range(pairs):
@@ -207,5 +238,5 @@ def _mismatch(name: str, clean: list[str], corrupted: list[str]) -> str:
     return (
         f"{name} must have as many tokens in the corrupted prompt as in the clean one, got {len(clean)} clean and "
         f"{len(corrupted)} corrupted; from token {around.start} on: clean {clean[around]}, "
-        f"corrupted {corrupted[around]}"
+        f"corrupted {corrupted[around]}; spans would say which tokens stand for which"
     )

@@ -8,10 +8,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atp_fast.prompts.encoding import EncodedPair, Encoder, all_encoded, encode_pairs
+from atp_fast.prompts.spans import Named, Range, found_spans
 
 
 def read_jsonl(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPair]:
@@ -37,6 +39,7 @@ def read_jsonl(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPa
             [record["answer"] for record in chosen],
             given or None,
             lambda i: records[texts[i]][0],
+            _text_spans([records[i] for i in texts]),
         )
     encoded = dict(zip(texts, all_encoded(rows), strict=True))
     if not records:
@@ -45,6 +48,27 @@ def read_jsonl(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPa
         encoded[i] if i in encoded else _encoded_ids(where, record, encoder)
         for i, (where, record) in enumerate(records)
     ]
+
+
+def _text_spans(records: Sequence[tuple[str, dict[str, Any]]]) -> list[list[Named]] | None:
+    """Spans of characters of the clean and the corrupted texts, None where no line has any."""
+    given = [where for where, record in records if "spans" in record]
+    if not given:
+        return None
+    if len(given) != len(records):
+        where = next(where for where, record in records if "spans" not in record)
+        raise ValueError(f"{where} must have spans as other lines have")
+    return [
+        [
+            found_spans(f"{side} prompt of {where}", record[side], _spans_of(record, side))
+            for where, record in records
+        ]
+        for side in ("clean", "corrupted")
+    ]
+
+
+def _spans_of(record: Mapping[str, Any], side: str) -> Any:
+    return record.get("corrupted_spans" if side == "corrupted" else "spans", record["spans"])
 
 
 def read_csv(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPair]:
@@ -170,7 +194,7 @@ def _encoded_ids(where: str, record: Mapping[str, Any], encoder: Encoder) -> Enc
 
     clean, corrupted, answer = ids("clean_ids"), ids("corrupted_ids"), ids("answer_ids")[0]
     wrong = ids("wrong_answer_ids")[0] if "wrong_answer_ids" in record else None
-    if len(clean) != len(corrupted):
+    if len(clean) != len(corrupted) and "spans" not in record:
         raise ValueError(
             f"{where}: corrupted_ids must have as many tokens as clean_ids, got {len(clean)} clean and "
             f"{len(corrupted)} corrupted"
@@ -179,9 +203,32 @@ def _encoded_ids(where: str, record: Mapping[str, Any], encoder: Encoder) -> Enc
         raise ValueError(
             f"{where}: wrong_answer_ids must differ from answer_ids, got {answer} for both"
         )
-    return EncodedPair(
+    pair = EncodedPair(
         clean, corrupted, answer, wrong, encoder.texts(clean), encoder.texts(corrupted)
     )
+    if "spans" not in record:
+        return pair
+    spans, others = (
+        _token_ranges(f"{side} prompt of {where}", _spans_of(record, side))
+        for side in ("clean", "corrupted")
+    )
+    if spans.keys() != others.keys():
+        raise ValueError(
+            f"{where} must have the same spans in both prompts, got {list(spans)} and {list(others)}"
+        )
+    return replace(pair, spans=spans, corrupted_spans=others)
+
+
+def _token_ranges(where: str, spans: Any) -> dict[str, Range]:
+    """Spans of token ids: two whole numbers each; whether they fit their prompt is checked with all pairs."""
+    if not isinstance(spans, dict) or not all(
+        isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r)
+        for r in spans.values()
+    ):
+        raise ValueError(
+            f"spans of the {where} must map names to two tokens [first, end), got {spans!r}"
+        )
+    return {name: (first, end) for name, (first, end) in spans.items()}
 
 
 def _csv_id(where: str, field: str, value: str) -> int:

@@ -1,87 +1,37 @@
-"""Prompt pairs: clean and corrupted token ids of equal length, their answers, and where they come from."""
+"""Prompt pairs from token ids, text, templates, chats and files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from atp_fast.files import written_whole
-from atp_fast.prompts.checks import check_ids, check_labels, check_mask
 from atp_fast.prompts.encoding import EncodedPair, Encoder, Tokenizer, all_encoded, encode_pairs
 from atp_fast.prompts.pair_files import read_csv, read_jsonl
+from atp_fast.prompts.spans import Range, Spans, found_spans
+from atp_fast.prompts.table import PairTable
+from atp_fast.prompts.templates import Message, SpannedText, fill, turns
 
 PaddingSide = Literal["right", "left"]
 
 
-class PromptPairs:
-    """Pairs of prompts with equal token counts, and the token each clean prompt should be followed by.
+class PromptPairs(PairTable):
+    """Pairs of prompts, and the token each clean prompt should be followed by.
 
     clean_ids, corrupted_ids: token ids, (pairs, positions), integer;
     answer_ids, wrong_answer_ids: one token id per pair, (pairs,); wrong answers may be left out;
-    attention_mask: (pairs, positions), True (or 1) on real tokens, which must be one run per row; both prompts of a
-    pair share it; all real when None;
-    tokens, corrupted_tokens: for each pair the text of its real tokens, for labels.
+    attention_mask: (pairs, positions), True (or 1) on real tokens, which must be one run per row; all real when None;
+    corrupted_attention_mask: that of the corrupted prompts, where they have other numbers of tokens; needs spans;
+    tokens, corrupted_tokens: for each pair the text of its real tokens, for labels;
+    spans: named groups of neighbouring tokens: results are then per span instead of per position.
     Derived, all (pairs,): lengths, real tokens; starts and last, columns of the first and last real token;
     split, leading real tokens that both prompts share (the length when the prompts are identical).
     Raises TypeError or ValueError naming what does not fit; warns when a pair's prompts are identical.
     """
-
-    def __init__(
-        self,
-        clean_ids: Tensor,
-        corrupted_ids: Tensor,
-        answer_ids: Tensor,
-        wrong_answer_ids: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        tokens: Sequence[Sequence[str]] | None = None,
-        corrupted_tokens: Sequence[Sequence[str]] | None = None,
-    ) -> None:
-        self.clean_ids = check_ids("clean_ids", clean_ids)
-        if self.clean_ids.ndim != 2:
-            raise ValueError(
-                f"clean_ids must be (pairs, positions), got shape {tuple(clean_ids.shape)}"
-            )
-        if 0 in self.clean_ids.shape:
-            raise ValueError(
-                f"clean_ids must hold at least one pair and one position, got shape {tuple(clean_ids.shape)}"
-            )
-        pairs, positions = self.clean_ids.shape
-        like = self.clean_ids
-        self.corrupted_ids = check_ids("corrupted_ids", corrupted_ids, (pairs, positions), like)
-        self.answer_ids = check_ids("answer_ids", answer_ids, (pairs,), like)
-        self.wrong_answer_ids = (
-            None
-            if wrong_answer_ids is None
-            else check_ids("wrong_answer_ids", wrong_answer_ids, (pairs,), like)
-        )
-        if self.wrong_answer_ids is not None:
-            same = (self.answer_ids == self.wrong_answer_ids).nonzero().flatten().tolist()
-            if same:
-                raise ValueError(
-                    f"wrong_answer_ids must differ from answer_ids, got {int(self.answer_ids[same[0]])} for both "
-                    f"in pair {same[0]}"
-                )
-        self.attention_mask = check_mask(attention_mask, self.clean_ids)
-        self.tokens = check_labels("tokens", tokens, self.lengths)
-        self.corrupted_tokens = check_labels("corrupted_tokens", corrupted_tokens, self.lengths)
-        identical = (self.split == self.lengths).nonzero().flatten().tolist()
-        if identical:
-            which = ", ".join(str(i) for i in identical[:8]) + (
-                ", ..." if len(identical) > 8 else ""
-            )
-            warnings.warn(
-                f"clean and corrupted prompt are identical in {len(identical)} of {pairs} pairs ({which}): "
-                "every effect there is zero",
-                stacklevel=2,
-            )
 
     @classmethod
     def from_text(
@@ -92,6 +42,8 @@ class PromptPairs:
         corrupted: Sequence[str],
         answers: Sequence[str],
         wrong_answers: Sequence[str] | None = None,
+        spans: Sequence[Mapping[str, Range | str]] | None = None,
+        corrupted_spans: Sequence[Mapping[str, Range | str]] | None = None,
         padding_side: PaddingSide = "right",
         prepend_bos: bool | None = None,
     ) -> PromptPairs:
@@ -100,8 +52,12 @@ class PromptPairs:
         An answer must be one token as it follows its clean prompt, so it usually starts with a space. BOS is put
         first where the tokenizer has one, and never twice; prepend_bos=False leaves it out, and True takes it even
         where the chat template uses it to open turns (as SmolLM2's `<|im_start|>`).
+        spans: for each pair names of spans -> characters (first, end) of the clean prompt, or a text that stands there
+        once; corrupted_spans: the same of the corrupted prompt, when they are others. A pair with spans may have
+        prompts of different lengths; tokens outside all spans are not scored.
         Raises ValueError naming the pair: different token counts (both tokenisations are shown), empty prompt,
-        an answer of several tokens, equal answers, words the tokenizer does not know.
+        an answer of several tokens, equal answers, words the tokenizer does not know, a span that is empty, overlaps
+        another or cuts a token.
         """
         columns = {"clean": clean, "corrupted": corrupted, "answers": answers}
         if wrong_answers is not None:
@@ -113,11 +69,106 @@ class PromptPairs:
                 raise ValueError(
                     f"{name} must have {len(clean)} entries as clean has, got {len(column)}"
                 )
+        both = None
+        if spans is not None:
+            both = [
+                _ranges(side, texts, given)
+                for side, texts, given in (
+                    ("clean", clean, spans),
+                    ("corrupted", corrupted, spans if corrupted_spans is None else corrupted_spans),
+                )
+            ]
+        elif corrupted_spans is not None:
+            raise ValueError("corrupted_spans need spans, got None")
         encoder = Encoder(tokenizer, prepend_bos)
         rows = encode_pairs(
-            encoder, clean, corrupted, answers, wrong_answers, lambda i: f"pair {i}"
+            encoder, clean, corrupted, answers, wrong_answers, lambda i: f"pair {i}", both
         )
         return cls.from_encoded(all_encoded(rows), padding_side=padding_side)
+
+    @classmethod
+    def from_template(
+        cls,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        clean: Sequence[Mapping[str, str]],
+        corrupted: Sequence[Mapping[str, str]],
+        answers: Sequence[str],
+        wrong_answers: Sequence[str] | None = None,
+        padding_side: PaddingSide = "right",
+        prepend_bos: bool | None = None,
+    ) -> PromptPairs:
+        """Prompts from a template such as "When {A} and {B} went out, {S} gave a drink to", scored by span.
+
+        clean, corrupted: the fields' texts, one mapping per pair; each field is a span, and so is each text between two
+        (named by itself, with a number behind it when it comes again). The rest is as in from_text.
+        """
+        return cls._from_spanned(
+            tokenizer,
+            [fill(template, fields, f"clean of pair {i}") for i, fields in enumerate(clean)],
+            [
+                fill(template, fields, f"corrupted of pair {i}")
+                for i, fields in enumerate(corrupted)
+            ],
+            answers,
+            wrong_answers,
+            padding_side,
+            prepend_bos,
+        )
+
+    @classmethod
+    def from_chat(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        clean: Sequence[Sequence[Message]],
+        corrupted: Sequence[Sequence[Message]],
+        answers: Sequence[str],
+        wrong_answers: Sequence[str] | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> PromptPairs:
+        """Prompts from messages by the tokenizer's own chat template, scored by turn.
+
+        clean, corrupted: for each pair its messages, with role and content. A last message of the assistant is left
+        open for the answer; otherwise the template's opening of the assistant's turn is a span of its own. Spans are
+        named by role, with a number behind it when it comes again. The rest is as in from_text.
+        """
+        return cls._from_spanned(
+            tokenizer,
+            [turns(tokenizer, messages, f"clean of pair {i}") for i, messages in enumerate(clean)],
+            [
+                turns(tokenizer, messages, f"corrupted of pair {i}")
+                for i, messages in enumerate(corrupted)
+            ],
+            answers,
+            wrong_answers,
+            padding_side,
+            prepend_bos=False,  # the template writes what comes first
+        )
+
+    @classmethod
+    def _from_spanned(
+        cls,
+        tokenizer: Tokenizer,
+        clean: Sequence[SpannedText],
+        corrupted: Sequence[SpannedText],
+        answers: Sequence[str],
+        wrong_answers: Sequence[str] | None,
+        padding_side: PaddingSide,
+        prepend_bos: bool | None,
+    ) -> PromptPairs:
+        return cls.from_text(
+            tokenizer,
+            clean=[prompt.text for prompt in clean],
+            corrupted=[prompt.text for prompt in corrupted],
+            answers=answers,
+            wrong_answers=wrong_answers,
+            spans=[prompt.spans for prompt in clean],
+            corrupted_spans=[prompt.spans for prompt in corrupted],
+            padding_side=padding_side,
+            prepend_bos=prepend_bos,
+        )
 
     @classmethod
     def from_encoded(
@@ -133,31 +184,42 @@ class PromptPairs:
             raise ValueError(
                 f"wrong answers must be given for all pairs or for none, got {len(given)} of {len(rows)}"
             )
-        positions = max(len(row.clean) for row in rows)
-        clean = torch.zeros(len(rows), positions, dtype=torch.long)
-        corrupted, mask = torch.zeros_like(clean), torch.zeros(clean.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            length = len(row.clean)
-            real = (
-                slice(0, length)
-                if padding_side == "right"
-                else slice(positions - length, positions)
+        spanned = [row.spans is not None for row in rows]
+        if any(spanned) and not all(spanned):
+            raise ValueError(
+                f"spans must be given for all pairs or for none, got {sum(spanned)} of {len(rows)}"
             )
-            clean[i, real], corrupted[i, real] = (
-                torch.tensor(row.clean),
-                torch.tensor(row.corrupted),
-            )
-            mask[i, real] = True
+        positions = max(max(len(row.clean), len(row.corrupted)) for row in rows)
+
+        def padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+            ids = torch.zeros(len(prompts), positions, dtype=torch.long)
+            mask = torch.zeros(ids.shape, dtype=torch.bool)
+            for i, prompt in enumerate(prompts):
+                first = 0 if padding_side == "right" else positions - len(prompt)
+                ids[i, first : first + len(prompt)] = torch.tensor(prompt)
+                mask[i, first : first + len(prompt)] = True
+            return ids, mask
+
+        clean, mask = padded([row.clean for row in rows])
+        corrupted, corrupted_mask = padded([row.corrupted for row in rows])
         return cls(
             clean,
             corrupted,
             torch.tensor([row.answer for row in rows]),
             torch.tensor(given) if given else None,
             attention_mask=mask,
+            corrupted_attention_mask=corrupted_mask,
             tokens=[row.tokens for row in rows] if all(row.tokens for row in rows) else None,
             corrupted_tokens=(
                 [row.corrupted_tokens for row in rows]
                 if all(row.corrupted_tokens for row in rows)
+                else None
+            ),
+            spans=(
+                Spans.of(
+                    [row.spans or {} for row in rows], [row.corrupted_spans or {} for row in rows]
+                )
+                if all(spanned)
                 else None
             ),
         )
@@ -174,7 +236,9 @@ class PromptPairs:
         """One JSON object a line: texts `clean`, `corrupted`, `answer`, `wrong_answer` (may be left out), or token
         ids `clean_ids`, `corrupted_ids` (lists), `answer_ids`, `wrong_answer_ids` (a number, or a list of one).
 
-        Ids are taken as they are, without BOS. Raises ValueError naming file and line, OSError if it cannot be read.
+        Ids are taken as they are, without BOS. `spans` and `corrupted_spans` may map names to [first, end): characters
+        of a text (or a text that stands there once), tokens where ids are given; corrupted_spans may be left out where
+        they are the same. Raises ValueError naming file and line, OSError if it cannot be read.
         """
         rows = read_jsonl(path, Encoder(tokenizer, prepend_bos))
         return cls.from_encoded(rows, padding_side=padding_side)
@@ -202,170 +266,28 @@ class PromptPairs:
         """Write the pairs as token ids, one JSON object a line, so that from_jsonl gives them back."""
         with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for i in range(len(self)):
-                real = self.attention_mask[i]
+                real, other = self.attention_mask[i], self.corrupted_attention_mask[i]
                 record: dict[str, Any] = {
                     "clean_ids": self.clean_ids[i][real].tolist(),
-                    "corrupted_ids": self.corrupted_ids[i][real].tolist(),
+                    "corrupted_ids": self.corrupted_ids[i][other].tolist(),
                     "answer_ids": int(self.answer_ids[i]),
                 }
                 if self.wrong_answer_ids is not None:
                     record["wrong_answer_ids"] = int(self.wrong_answer_ids[i])
+                if self.spans is not None:
+                    record["spans"] = self.spans.named(i)
+                    record["corrupted_spans"] = self.spans.named(i, corrupted=True)
                 file.write(json.dumps(record) + "\n")
 
-    @property
-    def lengths(self) -> Tensor:
-        return self.attention_mask.sum(1)
 
-    @property
-    def starts(self) -> Tensor:
-        return self.attention_mask.int().argmax(1)
-
-    @property
-    def last(self) -> Tensor:
-        return self.starts + self.lengths - 1
-
-    @property
-    def split(self) -> Tensor:
-        differs = (self.clean_ids != self.corrupted_ids) & self.attention_mask
-        first = differs.int().argmax(1) - self.starts
-        return torch.where(differs.any(1), first, self.lengths)
-
-    @property
-    def device(self) -> torch.device:
-        return self.clean_ids.device
-
-    def __len__(self) -> int:
-        return self.clean_ids.shape[0]
-
-    def __repr__(self) -> str:
-        pairs, positions = self.clean_ids.shape
-        wrong = "with" if self.wrong_answer_ids is not None else "without"
-        return f"PromptPairs({pairs} pairs, {positions} positions, {wrong} wrong answers)"
-
-    def __iter__(self) -> Iterator[PromptPairs]:
-        """Each pair, as PromptPairs of one."""
-        return (self[[i]] for i in range(len(self)))
-
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
-        """Some of the pairs, in the order given; an int gives PromptPairs of one pair."""
-        numbers = torch.arange(len(self))
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index must be in [0, {len(self)}), got {index}")
-            index = [index]
-        if isinstance(index, (slice, Tensor)):
-            chosen = numbers[index.cpu() if isinstance(index, Tensor) else index]
-        else:
-            chosen = numbers[torch.tensor(list(index), dtype=torch.long)]
-        if chosen.numel() == 0:
-            raise ValueError("index must choose at least one pair, got none")
-        rows, at = chosen.tolist(), chosen.to(self.device)
-        return self._with(
-            clean_ids=self.clean_ids[at],
-            corrupted_ids=self.corrupted_ids[at],
-            answer_ids=self.answer_ids[at],
-            wrong_answer_ids=None if self.wrong_answer_ids is None else self.wrong_answer_ids[at],
-            attention_mask=self.attention_mask[at],
-            tokens=None if self.tokens is None else [self.tokens[i] for i in rows],
-            corrupted_tokens=None
-            if self.corrupted_tokens is None
-            else [self.corrupted_tokens[i] for i in rows],
+def _ranges(
+    side: str, texts: Sequence[str], spans: Sequence[Mapping[str, Range | str]]
+) -> list[dict[str, Range]]:
+    if isinstance(spans, Mapping) or len(spans) != len(texts):
+        raise ValueError(
+            f"{side} spans must be a list of {len(texts)} mappings, one per pair, got {len(spans)} entries"
         )
-
-    def swapped(self) -> PromptPairs:
-        """Clean and corrupted exchanged, answers kept: what denoising runs on."""
-        return self._with(
-            clean_ids=self.corrupted_ids,
-            corrupted_ids=self.clean_ids,
-            tokens=self.corrupted_tokens,
-            corrupted_tokens=self.tokens,
-        )
-
-    def right_padded(self) -> PromptPairs:
-        """The same pairs, real tokens starting at column 0, as wide as the longest; padding holds token 0."""
-        positions = self.clean_ids.shape[1]
-        columns = torch.arange(int(self.lengths.max()), device=self.device)
-        mask = columns < self.lengths[:, None]
-        source = (self.starts[:, None] + columns).clamp(max=positions - 1)
-        return self._with(
-            clean_ids=self.clean_ids.gather(1, source).masked_fill(~mask, 0),
-            corrupted_ids=self.corrupted_ids.gather(1, source).masked_fill(~mask, 0),
-            attention_mask=mask,
-        )
-
-    def to(self, device: torch.device | str) -> PromptPairs:
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("clean_ids", "corrupted_ids", "answer_ids", "attention_mask")
-        }
-        wrong = None if self.wrong_answer_ids is None else self.wrong_answer_ids.to(device)
-        return self._with(**moved, wrong_answer_ids=wrong)
-
-    def digest(self) -> str:
-        """sha256, in hex, of all ids; the same whatever the padding side, width, device and labels."""
-        rows = self.right_padded()
-        hasher = hashlib.sha256()
-        for i in range(len(self)):
-            length = int(rows.lengths[i])
-            wrong = -1 if rows.wrong_answer_ids is None else int(rows.wrong_answer_ids[i])
-            numbers = [length, int(rows.answer_ids[i]), wrong]
-            numbers += rows.clean_ids[i, :length].tolist() + rows.corrupted_ids[i, :length].tolist()
-            hasher.update(b"".join(number.to_bytes(8, "little", signed=True) for number in numbers))
-        return hasher.hexdigest()
-
-    def column_tokens(self) -> list[str] | None:
-        """For each column the token that all pairs with a real token there have, "·" where they differ.
-
-        None when the pairs carry no token texts.
-        """
-        if self.tokens is None:
-            return None
-        seen: list[set[str]] = [set() for _ in range(self.clean_ids.shape[1])]
-        for start, tokens in zip(self.starts.tolist(), self.tokens, strict=True):
-            for column, token in enumerate(tokens, start=start):
-                seen[column].add(token)
-        return [next(iter(texts)) if len(texts) == 1 else "·" for texts in seen]
-
-    @classmethod
-    def concat(cls, parts: Sequence[PromptPairs]) -> PromptPairs:
-        """All pairs of several; parts of different widths are padded on the right, to the widest."""
-        if not parts:
-            raise ValueError("parts must hold at least one PromptPairs, got none")
-        if len({part.wrong_answer_ids is None for part in parts}) > 1:
-            raise ValueError("parts must all have wrong answers, or none of them, got both")
-        width = max(part.clean_ids.shape[1] for part in parts)
-        if any(part.clean_ids.shape[1] != width for part in parts):
-            parts = [part.right_padded() for part in parts]
-
-        def joined(name: str) -> Tensor:
-            wide = [getattr(part, name) for part in parts]
-            if wide[0].ndim == 2:
-                wide = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in wide]
-            return torch.cat(wide)
-
-        def labels(name: str) -> list[list[str]] | None:
-            lists = [getattr(part, name) for part in parts]
-            return (
-                None
-                if any(part is None for part in lists)
-                else [row for part in lists for row in part]
-            )
-
-        return parts[0]._with(
-            clean_ids=joined("clean_ids"),
-            corrupted_ids=joined("corrupted_ids"),
-            answer_ids=joined("answer_ids"),
-            wrong_answer_ids=None
-            if parts[0].wrong_answer_ids is None
-            else joined("wrong_answer_ids"),
-            attention_mask=joined("attention_mask"),
-            tokens=labels("tokens"),
-            corrupted_tokens=labels("corrupted_tokens"),
-        )
-
-    def _with(self, **fields: Any) -> PromptPairs:
-        """A copy with some fields replaced, without checking (and warning) again."""
-        copy = object.__new__(PromptPairs)
-        copy.__dict__.update(self.__dict__)
-        copy.__dict__.update(fields)
-        return copy
+    return [
+        found_spans(f"{side} prompt of pair {i}", text, row)
+        for i, (text, row) in enumerate(zip(texts, spans, strict=True))
+    ]

@@ -65,7 +65,7 @@ class EngineCase:
         self.metric, self.direction = metric, direction
         self.sample, self.best, self.seed = sample, best, seed
         self.kinds = FAMILIES[family]
-        self.space: NodeSpace = engine.plug.space(pairs.clean_ids.shape[1], self.kinds)
+        self.space: NodeSpace = engine.plug.space(pairs.width, self.kinds)
         self.moving: Ids = moving_ids(self.space, pairs)
 
     @property
