@@ -66,6 +66,12 @@ def test_a_tokenizer_that_writes_its_own_prefix():
     assert pairs.tokens[0][0] == "<|endoftext|>" and words(pairs, "bar") == [" bar"]
 
 
+def test_a_prompt_that_writes_its_own_bos():
+    written = {"clean": "<|endoftext|>" + CLEAN, "corrupted": "<|endoftext|>" + CORRUPTED}
+    pairs = text_pairs({"bar": "bar"}, **written)
+    assert pairs.tokens[0].count("<|endoftext|>") == 1 and words(pairs, "bar") == [" bar"]
+
+
 def test_a_template_s_fields_and_texts_are_spans():
     pairs = PromptPairs.from_template(
         bpe(),

@@ -52,6 +52,8 @@ UNEQUAL = [
     ),
     # equal lengths, but the spans have changed places; no span "b"
     ([2, 21, 22, 23, 24, 25], [2, 23, 24, 21, 22, 25], {"a": (1, 3), "end": (3, 6)}, {"a": (3, 5), "end": (5, 6)}),
+    # the token that stands for clean position 1 lies before the first difference
+    ([7, 7, 8, 9], [7, 8, 9], {"a": (0, 2), "end": (2, 4)}, {"a": (0, 1), "end": (1, 3)}),
 ]  # fmt: skip
 EQUAL = [
     ([5, 6, 7, 8, 9, 10], [5, 6, 17, 8, 19, 10], {"a": (2, 4), "end": (4, 6)}, {"a": (2, 4), "end": (4, 6)}),
@@ -217,7 +219,7 @@ def test_scores_of_spans_are_sums_of_signed_effects(family, budget):
     found = Engine(model, memory_budget=budget).attribute(
         pairs, method="atp", nodes=kinds, per_pair=True
     )
-    assert found.tokens == ["a", "end", "b"] and found.counts.tolist() == [3, 3, 1]
+    assert found.tokens == ["a", "end", "b"] and found.counts.tolist() == [4, 4, 1]
     for i, row in enumerate(UNEQUAL):
         naive = naive_effects(model, row, i + 1, i + 11, NODE_OF, kinds, linear=True)
         for (kind, layer, name), expected in naive.items():
@@ -303,7 +305,7 @@ def test_batches_shards_and_copies_keep_spans(tmp_path):
     engine = Engine(build("llama"))
     whole = engine.attribute(pairs, per_pair=True)
     for other in (
-        PromptPairs.concat([pairs[[0]], pairs[[2, 1]]])[[0, 2, 1]],
+        PromptPairs.concat([pairs[[0]], pairs[[2, 1, 3]]])[[0, 2, 1, 3]],
         pairs.swapped().swapped().right_padded(),
         pairs_of(UNEQUAL, padding_side="left"),
     ):
