@@ -17,6 +17,7 @@ import torch
 import transformers
 import triton
 
+from atp_fast._version import __version__
 from atp_fast.files import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,12 @@ def _git(*arguments: str) -> str:
 
 @functools.cache
 def _code() -> tuple[str, bool]:
-    """The commit, and whether code that a benchmark runs differs from it; as it was when first asked."""
+    """The commit, and whether code that a benchmark runs differs from it; as it was when first asked.
+
+    Where the sources came without their history: ATP_FAST_COMMIT, or the version.
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ.get("ATP_FAST_COMMIT", f"version {__version__}"), False
     changed = _git("status", "--porcelain", "--", "atp_fast", "csrc", "kernels", "bench/*.py")
     return _git("rev-parse", "--short=12", "HEAD"), bool(changed)
 
