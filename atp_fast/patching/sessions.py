@@ -255,19 +255,23 @@ class PatchSession:
     def _all_at_once(
         self, patches: Patches, found: Tensor, advance: Callable[[int], object]
     ) -> None:
-        """For a metric that must see all pairs' logits in one call: one subset at a time."""
+        """For a metric that must see all pairs' logits in one call: as many subsets at a time as one batch has rows for."""
         pairs, subsets = found.shape
         assert self.clean_logits is not None
         row_pair = torch.arange(pairs).repeat_interleave(subsets)
-        for subset in range(subsets):
-            mine = patches.take(patches.row % subsets == subset)
-            if len(mine.row):
-                logits = self.clean_logits.clone()
-                for rows in self._batches(mine, pairs * subsets):
-                    logits[row_pair[rows].to(logits.device)] = self._run(mine, rows, row_pair)
-                values = self.metric(logits, self.pairs, self.source_logits)
+        group = max(1, self._rows(self.runs.start) // pairs)
+        for first in range(0, subsets, group):
+            part = torch.arange(first, min(first + group, subsets))
+            column = patches.row % subsets
+            mine = patches.take((column >= first) & (column < first + group))
+            logits = self.clean_logits.expand(len(part), *self.clean_logits.shape).clone()
+            for rows in self._batches(mine, pairs * subsets):
+                at = (rows % subsets - first).to(logits.device), row_pair[rows].to(logits.device)
+                logits[at] = self._run(mine, rows, row_pair)
+            for subset in torch.unique(mine.row % subsets).tolist():  # the others change nothing
+                values = self.metric(logits[subset - first], self.pairs, self.source_logits)
                 found[:, subset] = (values - self.clean_value).cpu()
-            advance(pairs)
+            advance(pairs * len(part))
 
     # ---- batches of rows
 
@@ -277,15 +281,19 @@ class PatchSession:
         touched = torch.unique(patches.row)
         key = position[touched] * len(self.plug.layers) + layer[touched]
         order = touched[torch.argsort(key, stable=True)]
-        logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
         batches, start = [], 0
         while start < len(order):
             begin = int(position[order[start]]) if self.plug.moves else 0
-            width = self.runs.start + self.runs.positions - begin
-            size = patched_rows(self.plug, self.room, width, begin, logits)
+            size = self._rows(begin)
             batches.append(order[start : start + size])
             start += size
         return batches
+
+    def _rows(self, begin: int) -> int:
+        """Rows run at once whose first position is `begin`."""
+        logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
+        width = self.runs.start + self.runs.positions - begin
+        return patched_rows(self.plug, self.room, width, begin, logits)
 
     def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor) -> Tensor:
         """Run patched rows from their first layer to the logits of the metric, in the order of `rows`."""
