@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT ?= 0
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: demo test check test-interpret test-compile sanitize build model \
+.PHONY: docs test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
 	mutants study study-quick clean
 
@@ -66,6 +66,24 @@ model: $(STAMPS)/model
 # The interpreter's mode is fixed when the kernels are defined, so it has a process of its own.
 test-interpret: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py
+
+# Each library in an environment of its own, with the torch of constraints.txt.
+LIBRARIES := transformer-lens nnsight
+test-integrations: $(LIBRARIES:%=test-integration-%)
+
+test-integration-%: .venv-%/.atp_fast
+	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../.venv-$*/bin/python -m pytest $(PYTEST_OPTIONS) integrations/test_$(subst -,_,$*).py
+
+.PRECIOUS: .venv-%/.atp_fast
+.venv-%/.atp_fast: constraints.txt pyproject.toml setup.py | $(BIN)/python
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q $(TORCH_PIP_OPTIONS) $(TORCH)
+	.venv-$*/bin/python -m pip install -q -c constraints.txt setuptools pybind11 pytest
+	.venv-$*/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
+
+docs: build model
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 test-compile: build
 	$(PYTEST) tests/test_kernels_compile.py tests/compile_all_kernels.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -232,6 +234,28 @@ def test_weights_are_loaded_where_they_are_missing():
         found.effect["z"],
         Engine(module).attribute(pairs_of(), nodes=("z",), progress=False).effect["z"],
     )
+
+
+def test_the_page_s_examples_run(monkeypatch, tmp_path, capsys):
+    import runpy
+    from pathlib import Path
+
+    model = zoo.build(
+        "gpt2", dtype=torch.float32, vocab_size=5000, num_hidden_layers=10, hidden_size=48, num_attention_heads=12
+    )  # fmt: skip
+    tokenizer = bpe("When Mary and John went to the store, John gave a drink to " * 2)
+
+    def load(name, dispatch):
+        assert name == "openai-community/gpt2" and dispatch
+        return TransformersModel(model, task="text-generation", tokenizer=tokenizer)
+
+    monkeypatch.setattr("nnsight.TransformersModel", load)
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "nnsight.md"
+    script = tmp_path / "page.py"  # a trace reads its own source
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)))
+    scope = runpy.run_path(str(script))
+    assert capsys.readouterr().out.splitlines()[0].endswith(", 12])")
+    assert scope["logits"].shape[-1] == 5000
 
 
 def test_another_version_is_one_error(monkeypatch):

@@ -304,6 +304,28 @@ def test_bad_input_is_told():
         ours.attribution_patch(bridge, clean, corrupted, last_difference)
 
 
+def test_the_page_s_example_runs(monkeypatch, capsys):
+    import re
+    from pathlib import Path
+
+    from tokenizers_for_tests import bpe
+
+    model = zoo.build("gpt2", dtype=torch.float32, vocab_size=5000)
+    tokenizer = bpe("When Mary and John went to the store, John gave a drink to " * 2)
+
+    def boot(name, **options):
+        assert name == "gpt2"
+        bridge = build_bridge_from_module(model, ARCHITECTURES["gpt2"], hf_config=model.config)
+        bridge.tokenizer = tokenizer
+        return bridge
+
+    monkeypatch.setattr("transformer_lens.model_bridge.TransformerBridge.boot_transformers", boot)
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "transformer_lens.md"
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(example, page.name, "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("torch.Size([3, ")
+
+
 def test_another_version_is_one_error(monkeypatch):
     import importlib
     import importlib.metadata
