@@ -34,7 +34,7 @@ def version() -> str:
     return f"transformer-lens {importlib.metadata.version('transformer-lens')}"
 
 
-def _bridge(case: Case) -> TransformerBridge:
+def bridged(case: Case) -> TransformerBridge:
     """The model wrapped; the bridge computes attention eagerly, as it does for its users."""
     case.model.set_attn_implementation("eager")
     name = type(case.model).__name__
@@ -66,7 +66,7 @@ def _of(cache: ActivationCache, layer: int, kind: str) -> Tensor:
 def _attribution(
     case: Case, wanted: Callable[[str], bool], everything: bool
 ) -> Callable[[], Scores]:
-    model = _bridge(case)
+    model = bridged(case)
 
     def call() -> Scores:
         names = None if everything else wanted
@@ -99,7 +99,7 @@ def demo_filtered(case: Case) -> Callable[[], Scores]:
 
 def tool(case: Case) -> Callable[[], Scores]:
     """attribution_patch: z, mlp_out and the embeddings (it has no q, k, v), one pair at a time."""
-    model = _bridge(case)
+    model = bridged(case)
     prompts = case.prompts
     runs = 0
 
@@ -123,7 +123,7 @@ def tool(case: Case) -> Callable[[], Scores]:
 
 def patch_heads(case: Case) -> Callable[[], Scores]:
     """patching.get_act_patch_attn_head_out_all_pos."""
-    model = _bridge(case)
+    model = bridged(case)
 
     def call() -> Scores:
         with torch.no_grad():

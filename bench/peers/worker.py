@@ -25,6 +25,7 @@ LIBRARIES = {
     "transformer-lens": "with_transformer_lens",
     "nnsight": "with_nnsight",
     "atp_fast": "with_atp_fast",
+    "atp_fast in transformer-lens": "with_integrations",
 }
 
 
