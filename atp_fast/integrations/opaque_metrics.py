@@ -16,23 +16,24 @@ LogitsMetric = Callable[[Tensor], Tensor]
 def reads_last_only(metric: LogitsMetric, batch: int, positions: int, vocab: int) -> bool:
     """Whether a metric looks at the last position alone: then nothing that stands at the others changes a bit of it.
 
-    Asked with random logits, before which the others become NaN, then other numbers. The metric must be a function of the
-    logits alone.
+    It is asked with made-up logits, of which the others become NaN, then other numbers. The metric must be a function of
+    the logits alone.
     """
     if positions == 1:
         return True
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn((batch, positions, vocab), generator=generator)
+    row = torch.randn(vocab, generator=torch.Generator().manual_seed(0))
+    factors = torch.linspace(0.5, 1.5, batch * positions).view(batch, positions, 1)
+    logits = row * factors  # no two positions alike
     with torch.no_grad():
         value = torch.as_tensor(metric(logits))
-        for other in (torch.nan, torch.randn(logits[:, :-1].shape, generator=generator)):
-            changed = logits.clone()
-            changed[:, :-1] = other
+        for factor in (torch.nan, -3.0):
+            logits[:, :-1] *= factor
             try:
-                if not torch.equal(torch.as_tensor(metric(changed)), value):
+                if not torch.equal(torch.as_tensor(metric(logits)), value):
                     return False
             except (ValueError, RuntimeError):  # it checks what it reads
                 return False
+            logits = row * factors
     return True
 
 
