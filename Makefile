@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT ?= 0
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: docs test-integrations demo test check test-interpret test-compile sanitize build model \
+.PHONY: docs package test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
 	mutants study study-quick clean
 
@@ -84,6 +84,13 @@ test-integration-%: .venv-%/.atp_fast
 
 docs: build model
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+# A release as a user gets it: isolated builds, then a fresh environment outside this folder, with another torch if one is named.
+PACKAGE_TORCH ?= $(TORCH)
+package: build
+	rm -rf build/dist
+	$(BIN)/python -m build -q --outdir build/dist
+	$(BIN)/python tests/try_package.py build/dist "$(PACKAGE_TORCH)" $(PYTEST_OPTIONS)
 
 test-compile: build
 	$(PYTEST) tests/test_kernels_compile.py tests/compile_all_kernels.py
