@@ -1,6 +1,6 @@
 """A release, tried as a user gets it: the wheel in a fresh environment outside the repository, then the sdist's own tests.
 
-    python tests/try_package.py FOLDER TORCH [pytest options]    # FOLDER holds the sdist and the wheel; make package calls it
+python tests/try_package.py FOLDER TORCH [pytest options]    # FOLDER holds the sdist and the wheel; make package calls it
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class _Seen(NamedTuple):
 
 def node_places(plug: Plug) -> dict[tuple[str, int], Place]:
     """(kind, layer) -> where its values stand, for every kind that the model has, learnt from one run of a few tokens.
+    What stands in no module's input or output, such as z where it is gated by hand, is left out.
 
     Queries, keys and values stand in the output of the last module before the rotation by position: a projection, a
     fused one that several kinds share, or the norm behind it. z is the input of the projection behind the attention.
@@ -57,15 +58,15 @@ def node_places(plug: Plug) -> dict[tuple[str, int], Place]:
                 "q": _by_heads(inside, run.q),
                 "k": _by_heads(inside, run.k),
                 "v": _by_heads(inside, run.v),
-                "z": _by_input(inside, run.z) or (attention, "output"),
+                "z": _by_input(inside, run.z),
                 "neuron": None if layer.down is None else (layer.down, "input"),
                 "attn_out": None if layer.attn_write is None else (layer.attn_write, "output"),
                 "mlp_out": None if layer.mlp_write is None else (layer.mlp_write, "output"),
                 "resid_pre": (layer.module, "input"),
             }
             for kind in kinds:
-                module, side = found[kind] or (attention, "input")
-                places[kind, number] = Place(names[id(module)], side)
+                if (place := found[kind]) is not None:
+                    places[kind, number] = Place(names[id(place[0])], place[1])
     return places
 
 

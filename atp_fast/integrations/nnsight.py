@@ -25,8 +25,8 @@ def unwrapped(model: Any) -> Iterator[nn.Module]:
     """The wrapped HuggingFace model, its forwards free of nnsight's interventions until the block ends.
 
     Weights that are not there yet are loaded (`dispatch`). So calls inside a trace run beside it and change nothing in
-    it. Raises TypeError for what nnsight does not wrap, NotImplementedError for a model that runs elsewhere: one served by
-    vLLM, or one whose weights cannot be loaded here (remote ones of NDIF).
+    it. Raises TypeError for what nnsight does not wrap, NotImplementedError for a model with edits, which would be passed
+    over, and for one that runs elsewhere: served by vLLM, or with weights that cannot be loaded here (remote ones of NDIF).
     """
     name = type(model).__name__
     if any(base.__module__.startswith("nnsight.modeling.vllm") for base in type(model).__mro__):
@@ -47,13 +47,20 @@ def unwrapped(model: Any) -> Iterator[nn.Module]:
         raise NotImplementedError(
             f"{name} has no weights here: remote models are not served, load the model with dispatch=True"
         )
+    if getattr(model, "_edits", None):
+        raise NotImplementedError(
+            f"model must have no edits, this {name} has {len(model._edits)} (model.edit): take them away with clear_edits()"
+        )
     undo = []
     try:
         for inner in module.modules():
             forward = inner.__dict__.get("forward")
             if isinstance(forward, source.Controller):
                 undo.append((inner, forward))
-                inner.__dict__["forward"] = functools.partial(_body, inner, forward.state)
+                if _is_the_class_s(inner, forward.state.original):
+                    del inner.__dict__["forward"]
+                else:  # it had a forward of its own, or accelerate's hooks
+                    inner.__dict__["forward"] = functools.partial(_body, inner, forward.state)
         yield module
     finally:
         for inner, forward in undo:
@@ -66,6 +73,10 @@ def _module(model: Any) -> nn.Module | None:
         if isinstance(found, nn.Module) and not isinstance(model, nn.Module):
             return found
     return None
+
+
+def _is_the_class_s(module: nn.Module, forward: Any) -> bool:
+    return forward is type(module).forward and "_hf_hook" not in module.__dict__
 
 
 def _body(module: nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +109,8 @@ def by_module(
     whose values stand in that module: q, k and v in a projection's output (together in a fused one, such as GPT-2's
     c_attn), or that of the norm behind it; z and attn_out in the input and output of the attention's last projection, neuron
     and mlp_out in those of the MLP's; resid_pre in the layer's input. Writes have no head axis.
-    Raises ValueError for other scores or per_pair numbers that were not kept.
+    Raises ValueError for other scores or per_pair numbers that were not kept, NotImplementedError for a kind whose values
+    stand in no module's input or output.
     """
     if scores not in ("effect", "contribution", "per_pair"):
         raise ValueError(f"scores must be effect, contribution or per_pair, got {scores!r}")
@@ -112,5 +124,9 @@ def by_module(
         for kind, table in tables.items():
             x = table.select(-3, layer)
             wide = kind in ("q", "k", "v", "z", "neuron")
+            if (kind, layer) not in places:
+                raise NotImplementedError(
+                    f"{kind} of layer {layer} stands in no module's input or output: found.{scores}[{kind!r}] has its scores"
+                )
             paths.setdefault(places[kind, layer].path, {})[kind] = x if wide else x[..., 0]
     return paths

@@ -184,6 +184,62 @@ def test_the_wrapper_works_as_before(family):
     assert torch.equal(first, second)
 
 
+def test_numbers_are_the_plain_model_s_to_the_bit(family):
+    """Also where a source has been asked for, which puts another forward in place."""
+    model, _ = wrapped(family)
+    expected = Engine(zoo.build(family, dtype=torch.float32)).attribute(pairs_of(), progress=False)
+    behind = PLACES[family][1]
+    at(model, behind.format(0)).source  # noqa: B018
+    found = ours.attribute(model, pairs_of(), progress=False)
+    assert set(found.effect) == set(expected.effect)
+    for kind, effect in expected.effect.items():
+        assert torch.equal(found.effect[kind], effect), kind
+        assert torch.equal(found.contribution[kind], expected.contribution[kind]), kind
+
+
+def test_a_forward_of_the_module_s_own_is_kept():
+    """As monkeypatched layers have it: what the user's model computes is what is attributed."""
+    plain, patched = (zoo.build("llama", dtype=torch.float32) for _ in range(2))
+    for model in (plain, patched):
+        inner = model.model.layers[1].mlp
+        inner.forward = lambda x, inner=inner: 2 * type(inner).forward(inner, x)
+    found = ours.attribute(
+        TransformersModel(patched, task="text-generation", tokenizer=bpe()),
+        pairs_of(),
+        nodes=("z",),
+        progress=False,
+    )
+    expected = Engine(plain).attribute(pairs_of(), nodes=("z",), progress=False)
+    assert torch.equal(found.effect["z"], expected.effect["z"])
+    other = Engine(zoo.build("llama", dtype=torch.float32)).attribute(
+        pairs_of(), nodes=("z",), progress=False
+    )
+    assert not torch.allclose(other.effect["z"], expected.effect["z"])
+
+
+def test_edits_are_not_passed_over():
+    model, _ = wrapped("llama")
+    with model.edit(inplace=True):
+        model.model.layers[0].mlp.output[:] = 0
+    with pytest.raises(NotImplementedError, match=r"no edits, this \w+ has 1 .*clear_edits"):
+        ours.attribute(model, pairs_of())
+    model.clear_edits()
+    ours.attribute(model, pairs_of(), nodes=("z",), progress=False)
+
+
+def test_a_kind_that_stands_in_no_module_is_told(monkeypatch):
+    model, _ = wrapped("llama")
+    found = ours.attribute(model, pairs_of(), nodes=("z", "mlp_out"), progress=False)
+    real = ours.node_places
+    monkeypatch.setattr(
+        ours, "node_places", lambda plug: {k: x for k, x in real(plug).items() if k != ("z", 1)}
+    )
+    with pytest.raises(
+        NotImplementedError, match=r"z of layer 1 stands in no .*found.effect\['z'\]"
+    ):
+        ours.by_module(found, model)
+
+
 def test_any_wrapper_of_a_module_is_taken():
     module = zoo.build("llama", dtype=torch.float32)
     found = ours.attribute(nnsight.NNsight(module), pairs_of(), nodes=("k",), progress=False)
