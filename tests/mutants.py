@@ -34,6 +34,7 @@ class Fault(NamedTuple):
 
 SWEEP = "tests/test_sweep.py -k mixed"
 PATCH = "tests/test_patching.py -k mixed"
+EXPERTS = "tests/test_patching.py -k 'mixtral or gpt_oss'"
 STOP = "tests/test_engine.py -k stopped"
 SPANS = "tests/test_spans.py"
 REFUSE = "tests/test_refusals.py"
@@ -369,6 +370,26 @@ FAULTS = [
         "        finally:\n            running.reset(token)",
         "        except ZeroDivisionError:\n            running.reset(token)",
         "tests/test_engine.py",
+    ),
+    Fault(
+        "atp_fast/hf/experts.py",
+        "rows * module.num_experts + expert, module",
+        "expert * tokens + rows, module",
+        EXPERTS,
+    ),
+    Fault("atp_fast/hf/experts.py", "order.argsort()", "order", EXPERTS),
+    Fault(
+        "atp_fast/hf/experts.py",
+        "if module.is_transposed else",
+        "if weights[number].shape[0] > weights[number].shape[1] else",
+        EXPERTS,
+    ),
+    Fault("atp_fast/hf/experts.py", "None if biases is None else biases[number]", "None", EXPERTS),
+    Fault(
+        "atp_fast/hf/experts.py",
+        "x = x * top_k_weights.reshape(-1).index_select(0, order)[:, None]",
+        "x = x * top_k_weights.reshape(-1)[:, None]",
+        EXPERTS,
     ),
     Fault(
         "atp_fast/hf/switching.py",

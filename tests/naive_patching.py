@@ -36,8 +36,8 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "phi": ("self_attn", "mlp", "mlp.fc2"),
     "opt": ("self_attn", "fc2", "fc2"),
     "olmo2": _NORMED,
-    "gpt_oss": ("self_attn", "mlp", ""),
-    "mixtral": ("self_attn", "mlp", ""),
+    "gpt_oss": ("self_attn", "mlp", "mlp.experts"),
+    "mixtral": ("self_attn", "mlp", "mlp.experts"),
 }
 
 Change = Callable[[str, int, Tensor], Tensor]
@@ -151,9 +151,30 @@ class _Hooked:
             for kind, name in (("attn_out", attention), ("mlp_out", mlp)):
                 module = layer.get_submodule(name)
                 yield module.register_forward_hook(self._output_hook(kind, number))
-            if down:
+            if down.endswith("experts"):
+                experts = layer.get_submodule(down)
+                self.number[experts] = number
+                yield _Replaced(experts, self._experts)
+            else:
                 hook = self._input_hook("neuron", number)
                 yield layer.get_submodule(down).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _experts(self, experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Each token's experts one by one; their neurons stand side by side, 0 where an expert was not chosen."""
+        found = []
+        for row, own in zip(x, chosen, strict=True):
+            neurons = []
+            for e in range(experts.num_experts):
+                h = _linear(experts, "gate_up_proj", e, row)
+                h = experts._apply_gate(h[None])[0]
+                neurons.append(h if e in own.tolist() else torch.zeros_like(h))
+            found.append(torch.cat(neurons))
+        neurons = self._changed("neuron", self.number[experts], torch.stack(found))
+        out = torch.zeros_like(x)
+        for t, h in enumerate(neurons.view(len(x), experts.num_experts, -1)):
+            for e, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+                out[t] += weight * _linear(experts, "down_proj", e, h[e])
+        return out
 
     def _input_hook(self, kind: str, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,6 +220,23 @@ class _Hooked:
             scores = torch.cat([scores, sink], -1)
         z = scores.softmax(-1)[..., : k.shape[2]] @ v.repeat_interleave(group, 1)
         return self.change("z", layer, z)
+
+
+class _Replaced:
+    """A module whose forward is another function, until `remove`."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self.module = module
+        module.forward = lambda *args: forward(module, *args)
+
+    def remove(self) -> None:
+        del self.module.forward
+
+
+def _linear(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    y = x @ weight if experts.is_transposed else weight @ x
+    return y + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else y
 
 
 _hooked: ContextVar[_Hooked] = ContextVar("naive_patching")

@@ -15,10 +15,6 @@ from naive_patching import naive_effects
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def kinds_of(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_equals_the_literal_reference(family: str, dtype: torch.dtype) -> None:
@@ -26,7 +22,7 @@ def test_equals_the_literal_reference(family: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and family in zoo.MOE:
         pytest.skip("rounding sends tokens to other experts")
     wide, narrow = zoo.build(family), zoo.build(family, dtype=dtype)
-    pairs, kinds = zoo.random_pairs(wide, 3, 9, ragged=True, shared_prefix=1), kinds_of(family)
+    pairs, kinds = zoo.random_pairs(wide, 3, 9, ragged=True, shared_prefix=1), KINDS
     truth = literal_attribution(wide, pairs, nodes=kinds)[0]
     literal = literal_attribution(narrow, pairs, nodes=kinds)[0]
     engine = Engine(narrow.cuda())
@@ -57,7 +53,7 @@ def test_two_runs_are_bit_equal(budget: int | str) -> None:
 def test_patching_equals_naive_patching(family: str) -> None:
     model = zoo.build(family)
     pairs = zoo.random_pairs(model, 2, 8, ragged=True)
-    kinds = [kind for kind in ("q", "k", "v", "z", "neuron") if kind in kinds_of(family)]
+    kinds = [kind for kind in ("q", "k", "v", "z", "neuron") if kind in KINDS]
     nodes = [Node(kind, layer, t, 1) for kind in kinds for layer in (0, 2) for t in (0, 3, 7)]
     metric = resolve("logit_diff", pairs)
     naive, _ = naive_effects(model, pairs, [[node] for node in nodes], metric)

@@ -19,10 +19,6 @@ from atp_fast.nodes import KINDS
 from atp_fast.prompts.pairs import PromptPairs
 
 
-def kinds_of(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
-
-
 def toy_pairs(clean: list[list[int]], corrupted: list[list[int]]) -> PromptPairs:
     n = len(clean)
     return PromptPairs(
@@ -297,7 +293,7 @@ def test_graddrop_is_finite_differences_with_the_write_held_clean() -> None:
 def test_last_layer_keeps_its_atp_value_under_graddrop(family: str) -> None:
     model = zoo.build(family)
     pairs = zoo.random_pairs(model, 2, 6)
-    nodes = [kind for kind in kinds_of(family) if kind != "resid_pre"]
+    nodes = [kind for kind in KINDS if kind != "resid_pre"]
     for ordinary, dropped in (("atp", "atp+graddrop"), ("atp+qk", "atp*")):
         signed = literal_attribution(model, pairs, "nll", ordinary, nodes)[2]
         means = literal_attribution(model, pairs, "nll", dropped, nodes)[2]
@@ -347,7 +343,7 @@ def test_identical_prompts_give_exact_zeros(family: str, method: str) -> None:
     ids[0] = pairs.clean_ids[0]
     with pytest.warns(UserWarning, match="identical"):
         pairs = PromptPairs(pairs.clean_ids, ids, pairs.answer_ids, pairs.wrong_answer_ids)
-        per_pair = literal_attribution(model, pairs, method=method, nodes=kinds_of(family))[2]
+        per_pair = literal_attribution(model, pairs, method=method, nodes=KINDS)[2]
     for kind, scores in per_pair.items():
         assert not scores[0].any(), kind
         assert all(other.any() for other in scores[1:]), kind
@@ -419,10 +415,8 @@ def test_model_is_left_as_it_was() -> None:
 def test_refusals_name_the_reason() -> None:
     model = zoo.build("mixtral")
     pairs = zoo.random_pairs(model, 2, 6)
-    with pytest.raises(
-        NotImplementedError, match=r"MixtralSparseMoeBlock .*no dense down projection"
-    ):
-        literal_attribution(model, pairs, nodes=["neuron"])
+    with pytest.raises(NotImplementedError, match="DbrxBlock adds more than its attention's and"):
+        literal_attribution(zoo.build_other_experts(), pairs, nodes=["neuron"])
     with pytest.raises(ValueError, match=r"method must be among atp, .*, got 'AtP'"):
         literal_attribution(model, pairs, method="AtP")
     with pytest.raises(ValueError, match="direction must be noising or denoising, got 'up'"):

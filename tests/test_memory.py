@@ -187,7 +187,7 @@ def test_patched_rows() -> None:
 def test_a_budget_changes_nothing(family: str, budget: int | str) -> None:
     model = zoo.build(family, wide_norms=True)
     pairs = zoo.random_pairs(model, 5, 9, ragged=True, shared_prefix=1)
-    kinds = [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
+    kinds = KINDS
     free = Engine(model).attribute(pairs, nodes=kinds, per_pair=True, progress=False)
     tight = Engine(model, memory_budget=budget).attribute(
         pairs, nodes=kinds, per_pair=True, progress=False

@@ -24,10 +24,6 @@ from naive_patching import naive_effects
 POSITIONS = 8
 
 
-def kinds_of(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
-
-
 def tolerance_of(family: str) -> float:
     """mixtral takes its routing weights in float32."""
     return 1e-6 if family == "mixtral" else 1e-9
@@ -96,7 +92,7 @@ def test_the_last_layer_at_the_last_position_alone(
     last = engine.plug.inspection.layers - 1
     nodes = [
         Node(kind, layer, position, 1 if kind == "neuron" else 0)
-        for kind in kinds_of(family)
+        for kind in KINDS
         for layer in (last - 1, last)
         for position in (shared, POSITIONS - 2, POSITIONS - 1)
     ]
@@ -113,7 +109,7 @@ def test_single_nodes_equal_the_naive_way(family: str, side: str) -> None:
     """All kinds, layers and positions in one call, pairs of four lengths with a shared prefix."""
     model = zoo.build(family, wide_norms=True)
     engine, pairs = Engine(model), ragged(model, side)
-    nodes = some_nodes(engine, kinds_of(family), 24)
+    nodes = some_nodes(engine, KINDS, 24)
     direction = "noising" if side == "right" else "denoising"
     found = engine.patch(pairs, nodes, direction=direction, progress=False)
     assert found.nodes == nodes
@@ -126,7 +122,7 @@ def test_single_nodes_equal_the_naive_way(family: str, side: str) -> None:
 def test_subsets_equal_the_naive_way(family: str) -> None:
     model = zoo.build(family, wide_norms=True)
     engine, pairs = Engine(model, "reference"), ragged(model, "left", shared=1)
-    subsets = some_subsets(engine, kinds_of(family), 30)
+    subsets = some_subsets(engine, KINDS, 30)
     found = engine.patch_subsets(pairs, subsets, progress=False)
     assert found.subsets == subsets
     assert not found.effect[:, 0].any()
@@ -244,7 +240,7 @@ def rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[list[in
 def test_batches_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("gpt_oss", wide_norms=True)
     engine, pairs = Engine(model), ragged(model, "left")
-    nodes = some_nodes(engine, kinds_of("gpt_oss"), 6)
+    nodes = some_nodes(engine, KINDS, 6)
     whole = engine.patch(pairs, nodes, progress=False)
     largest = float(whole.effect.abs().max())
     for rows in (1, 7):
@@ -486,12 +482,36 @@ def test_wrong_arguments_are_named(case: str) -> None:
         call(engine, pairs)
 
 
-@pytest.mark.parametrize("family", zoo.MOE)
-def test_neurons_of_experts_are_refused(family: str) -> None:
-    model = zoo.build(family)
+def test_neurons_of_experts_outside_the_interface_are_refused() -> None:
+    model = zoo.build_other_experts()
     pairs = zoo.random_pairs(model, 2, POSITIONS)
     with pytest.raises(NotImplementedError, match=r"'neuron' of .* mixture of experts"):
         Engine(model).patch(pairs, [Node("neuron", 0, 3, 1)])
+
+
+def test_an_expert_that_one_run_alone_chose() -> None:
+    """Chosen in the clean run alone, its neurons are patched to 0; in the corrupted run alone, nothing reads them."""
+    model = zoo.build("mixtral", num_hidden_layers=2)
+    pairs, engine, width = zoo.random_pairs(model, 1, 12), Engine(model), 40
+    runs: list[list[list[int]]] = []
+    hook = model.model.layers[0].mlp.experts.register_forward_hook(
+        lambda module, args, output: runs.append(args[1].tolist())
+    )
+    with torch.no_grad():
+        model(pairs.clean_ids), model(pairs.corrupted_ids)
+    hook.remove()
+    position, clean = next(
+        (t, set(a))
+        for t, (a, b) in enumerate(zip(*runs, strict=True))
+        if len(set(a) & set(b)) == 1 and t > 0
+    )
+    every = [Node("neuron", 0, position, i) for i in range(4 * width)]
+    effect = engine.patch(pairs, every, progress=False).effect[0].view(4, width)
+    estimate = engine.attribute(pairs, nodes=("neuron",), method="atp", progress=False)
+    guessed = estimate.effect["neuron"][0, position].view(4, width)
+    for expert in range(4):
+        assert bool((effect[expert].abs() > 1e-9).all()) == (expert in clean), expert
+        assert bool((guessed[expert] != 0).all()) == (expert in clean), expert
 
 
 def state(model: Any) -> dict[str, Any]:

@@ -29,10 +29,6 @@ MODEL_ERROR = 0.02
 RANDOM_MODEL_ERROR = 0.1
 
 
-def kinds_of(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
-
-
 def trained(name: str, task: str) -> tuple[PreTrainedModel, PromptPairs]:
     path = Path(__file__).parent / "data" / name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -56,7 +52,7 @@ def test_narrow_cotangents(family: str) -> None:
     """The metric's values stay the same bits, with tapes kept and without; effects are within the stated error."""
     model = zoo.build(family, dtype=torch.float32)
     pairs = zoo.random_pairs(model, 3, 8, ragged=True, shared_prefix=1)
-    options: dict[str, Any] = {"nodes": kinds_of(family), "progress": False}
+    options: dict[str, Any] = {"nodes": KINDS, "progress": False}
     exact = Engine(model).attribute(pairs, **options)
     for budget in (1, "8GiB"):
         plain = Engine(model, memory_budget=budget).attribute(pairs, **options)
@@ -101,8 +97,7 @@ def test_a_bfloat16_model(family: str) -> None:
     narrow, wide = in_bfloat16(zoo.build(family, dtype=torch.float32))
     pairs = zoo.random_pairs(narrow, 3, 8, ragged=True, shared_prefix=1)
     exact, found = (
-        Engine(model).attribute(pairs, nodes=kinds_of(family), progress=False)
-        for model in (wide, narrow)
+        Engine(model).attribute(pairs, nodes=KINDS, progress=False) for model in (wide, narrow)
     )
     a, b = all_contributions(exact), all_contributions(found)
     assert b.dtype == torch.float32

@@ -21,10 +21,6 @@ from atp_fast.nodes import KINDS
 DENSE = ["gpt2", "gemma2", "phi"]
 
 
-def kinds_of(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind == "neuron" and family in zoo.MOE)]
-
-
 def assert_close(
     ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float
 ) -> None:
@@ -59,7 +55,7 @@ def test_equals_the_literal_reference(family: str, method: str) -> None:
     model = zoo.build(family, wide_norms=True)
     pairs = zoo.random_pairs(model, 3, 8, ragged=True)
     tolerance = 1e-6 if family == "mixtral" else 1e-9
-    assert_equals_literal(model, pairs, tolerance, method=method, nodes=kinds_of(family))
+    assert_equals_literal(model, pairs, tolerance, method=method, nodes=KINDS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -83,7 +79,7 @@ def test_equals_the_literal_reference_with_float32_norms(family: str, method: st
     """The models as they come: their RMSNorm rounds to float32, so 1e-6 is what is left of float64."""
     model = zoo.build(family)
     pairs = zoo.random_pairs(model, 2, 7)
-    assert_equals_literal(model, pairs, 1e-6, method=method, nodes=kinds_of(family))
+    assert_equals_literal(model, pairs, 1e-6, method=method, nodes=KINDS)
 
 
 @pytest.mark.parametrize("method", ["atp", "atp*"])
@@ -92,7 +88,7 @@ def test_the_compiled_backend_equals_the_literal_reference(family: str, method: 
     model = zoo.build(family, wide_norms=True)
     pairs = zoo.random_pairs(model, 2, 9, ragged=True, shared_prefix=1)
     tolerance = 1e-6 if family == "mixtral" else 1e-9
-    assert_equals_literal(model, pairs, tolerance, "cpp", method=method, nodes=kinds_of(family))
+    assert_equals_literal(model, pairs, tolerance, "cpp", method=method, nodes=KINDS)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -110,7 +106,7 @@ def test_chunks_of_cotangents_change_nothing(
         return whole(plug, pairs, metric, plan._replace(chunk=chunk), *args, **options)
 
     monkeypatch.setattr(atp_fast.engine, "sweep", chunked)
-    assert_equals_literal(model, pairs, 1e-9, nodes=kinds_of(family))
+    assert_equals_literal(model, pairs, 1e-9, nodes=KINDS)
     assert sizes
 
 
@@ -132,7 +128,7 @@ def assert_as_good_as_the_literal(family: str, dtype: torch.dtype, kinds: list[s
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_float32(family: str) -> None:
-    assert_as_good_as_the_literal(family, torch.float32, kinds_of(family))
+    assert_as_good_as_the_literal(family, torch.float32, KINDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -249,7 +245,7 @@ def test_a_shared_prefix_changes_nothing(family: str, shared: int) -> None:
     """With 8 of 9 shared tokens only the last one differs; the literal reference knows no prefixes."""
     model = zoo.build(family, wide_norms=True)
     pairs = zoo.random_pairs(model, 2, 9, shared_prefix=shared)
-    kinds = kinds_of(family)
+    kinds = KINDS
     assert_equals_literal(model, pairs, 1e-9, nodes=kinds)
     ours = Engine(model, "reference").attribute(pairs, nodes=kinds, progress=False)
     for kind in kinds:
@@ -389,7 +385,7 @@ def test_identical_prompts_give_exact_zeros(family: str, method: str) -> None:
     with pytest.warns(UserWarning, match="identical"):
         pairs = PromptPairs(pairs.clean_ids, ids, pairs.answer_ids, pairs.wrong_answer_ids)
         found = Engine(model, "reference").attribute(
-            pairs, method=method, nodes=kinds_of(family), per_pair=True, progress=False
+            pairs, method=method, nodes=KINDS, per_pair=True, progress=False
         )
     assert found.per_pair is not None
     for kind, scores in found.per_pair.items():

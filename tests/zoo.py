@@ -159,6 +159,14 @@ def build_refused(family: str) -> PreTrainedModel:
     return _model(family, REFUSED[family])
 
 
+def build_other_experts() -> PreTrainedModel:
+    """A mixture whose experts do not go through transformers' experts interface, float32."""
+    experts = {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2}
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}
+    settings = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}
+    return _model("dbrx", {**settings, "ffn_config": experts, "attn_config": attention})
+
+
 def build_linear() -> PreTrainedModel:
     """Two layers of OPT made linear and one number wide, float64: every effect can be worked out by hand.
 

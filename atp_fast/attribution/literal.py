@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -51,7 +52,8 @@ class _Gate(torch.autograd.Function):
 class Tape:
     """The nodes of one forward pass, as they stand in its graph: kind -> one tensor per layer.
 
-    q, k, v, z: (batch, heads, positions, dim), after RoPE and QK-norm; neuron: input of the down projection;
+    q, k, v, z: (batch, heads, positions, dim), after RoPE and QK-norm; neuron: input of the down projection, in a mixture
+    those of all experts side by side, 0 in experts that were not chosen;
     attn_out, mlp_out: what attention and MLP add to the residual stream; resid_pre: the layer's input. scoring holds
     the keyword arguments with which ops repeats each layer's attention; `dropped` is the layer whose write the
     next backward pass holds clean.
@@ -68,6 +70,7 @@ class Tape:
         self._attention_child: nn.Module | None = None
         self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._input: Tensor | None = None
+        self._mixture: Tensor | None = None
 
     def hooks(self) -> Iterator[Any]:
         """Handles of the hooks that record the nodes that are no part of attention."""
@@ -82,7 +85,7 @@ class Tape:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            self._calls, self._attention_child = [], None
+            self._calls, self._attention_child, self._mixture = [], None, None
             x = _first(args, kwargs)
             if number == 0:
                 x = x.detach().requires_grad_(torch.is_grad_enabled())
@@ -141,6 +144,24 @@ class Tape:
             self.nodes[kind].append(x)
         return z
 
+    def experts(self, module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """A mixture's output, its neurons recorded: (tokens, hidden) -> the same."""
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        where = [torch.where(chosen == expert) for expert in range(module.num_experts)]
+        parts = [_mapped(module, up, expert, x[rows]) for expert, (rows, _) in enumerate(where)]
+        parts = [module._apply_gate(h) if module.has_gate else module.act_fn(h) for h in parts]
+        neurons = x.new_zeros((len(x), module.num_experts, parts[0].shape[-1]))
+        for expert, (rows, _) in enumerate(where):
+            neurons = neurons.index_put((rows, torch.full_like(rows, expert)), parts[expert])
+        self._mixture = neurons = neurons.flatten(1)
+        out = torch.zeros_like(x)
+        for expert, (rows, slot) in enumerate(where):
+            h = neurons.view(len(x), module.num_experts, -1)[rows, expert]
+            h = _mapped(module, "down_proj", expert, h)
+            h = module.post_expert_norm(h) if module.has_post_expert_norm else h
+            out = out.index_add(0, rows, (weights[rows, slot, None] * h).to(x.dtype))
+        return out
+
     def _record(self, layer: nn.Module, before: Tensor, after: Tensor) -> None:
         """attn_out, mlp_out, neuron and resid_pre of a layer, from the calls that were made inside it."""
         name, attention = type(layer).__name__, self._attention_child
@@ -156,7 +177,9 @@ class Tape:
         if write.abs().max() > torch.finfo(after.dtype).eps ** 0.5 * after.abs().max():
             raise NotImplementedError(f"{name} adds more than its attention's and MLP's outputs")
         found = {"attn_out": attn_out, "mlp_out": mlp_out, "resid_pre": before}
-        if "neuron" in self.kinds:
+        if "neuron" in self.kinds and self._mixture is not None:
+            found["neuron"] = self._mixture
+        elif "neuron" in self.kinds:
             linear = [c for c in self._calls if isinstance(c[0], (nn.Linear, Conv1D))]
             dense = [call for call in linear if self._child[call[0]] is not attention]
             if not dense or not any(torch.equal(dense[-1][2], out) for _, _, out in steps):
@@ -167,6 +190,12 @@ class Tape:
         for kind in self.kinds:
             if kind in found:
                 self.nodes[kind].append(found[kind])
+
+
+def _mapped(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    y: Tensor = x @ (weight if module.is_transposed else weight.T)
+    return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
@@ -197,24 +226,38 @@ def _attention(
     return z.transpose(1, 2), None
 
 
+def _experts(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """transformers' experts interface: tokens in a row, their chosen experts and those's weights."""
+    return _tape.get().experts(module, x, chosen, weights)
+
+
 @contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[Sequence[nn.Module]]:
-    """The model's layers while it runs the attention above and its parameters take no gradients."""
+def _prepared(model: PreTrainedModel, neurons: bool) -> Iterator[Sequence[nn.Module]]:
+    """The model's layers while it runs the attention above and its parameters take no gradients.
+
+    neurons: those of experts are recorded; else a mixture's own eager code runs (the grouped one has no float64).
+    """
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise NotImplementedError(f"{type(model).__name__} has no list of {count} layers")
-    before = model.config._attn_implementation
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts)
+    mixed = any(hasattr(module, "_is_expert_parallel") for module in model.modules())
+    before, experts = model.config._attn_implementation, model.config._experts_implementation
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.set_attn_implementation(_NAME)
+        if mixed:
+            model.set_experts_implementation(_NAME if neurons else "eager")
         for parameter in trained:
             parameter.requires_grad_(False)
         yield list(lists[0])
     finally:
         model.set_attn_implementation(before)
+        if mixed:
+            model.set_experts_implementation(experts)
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -393,7 +436,7 @@ def literal_attribution(
 
     graddrop = method in ("atp+graddrop", "atp*")
     results = []
-    with _prepared(model) as layers, torch.enable_grad():
+    with _prepared(model, "neuron" in kinds) as layers, torch.enable_grad():
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
             qk_fix = method in ("atp+qk", "atp*")

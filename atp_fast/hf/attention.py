@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +46,20 @@ class Stopped(Exception):
     """Ends a layer's run at its attention."""
 
 
+class Mixture(NamedTuple):
+    """A call of a layer's fused experts: their neurons over all experts, and the tokens that were run."""
+
+    module: nn.Module
+    neurons: int
+    tokens: int
+
+
 @dataclass
 class LayerRun:
-    """One layer's run: what goes in beside its input, and what its attention call left behind.
+    """One layer's run: what goes in beside its input, and what its attention and experts left behind.
 
-    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped.
+    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped; shape:
+    (batch, positions) of the input, for code that sees its tokens in one row.
     """
 
     backend: str = "auto"
@@ -67,6 +76,8 @@ class LayerRun:
     options: AttentionOptions | None = None
     attention_module: nn.Module | None = None
     calls: int = 0
+    shape: tuple[int, int] = (0, 0)
+    mixtures: list[Mixture] = field(default_factory=list)
 
     def seen(self, kind: str, value: Tensor) -> Tensor:
         return value if self.visit is None else self.visit(kind, value)

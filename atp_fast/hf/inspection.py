@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from atp_fast.hf.attention import LayerRun, running
+from atp_fast.hf.attention import LayerRun, Mixture, running
 
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
@@ -101,13 +101,19 @@ def trace(
     return first_tensor(out), calls
 
 
-def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, hidden: int) -> int:
+def find_down_projection(
+    layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, mixtures: Sequence[Mixture]
+) -> int:
     """Note the module whose input is the layer's neurons, and return how many there are.
 
-    It is the last linear map outside attention that ends in the residual stream's width. Raises
-    NotImplementedError for a mixture of experts, whose neurons are not one per index, and where there is no such map.
+    It is the last linear map outside attention that ends in the residual stream's width, or the experts of a mixture (see
+    hf/experts.py; shared experts beside them are no nodes). Raises NotImplementedError where there is no such map, and for
+    experts that do not go through transformers' experts interface, once for all of the layer's input x.
     """
+    hidden = x.shape[-1]
     mixture = [m for m in layer.module.modules() if _is_mixture(m)]
+    if len(mixtures) == 1 and mixtures[0].tokens == x[..., 0].numel():
+        return mixtures[0].neurons
     if mixture:
         raise NotImplementedError(f"is a mixture of experts ({type(mixture[0]).__name__})")
     inside = set(attention.modules())

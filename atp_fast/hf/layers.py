@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp_fast.hf import experts  # noqa: F401  registers them
 from atp_fast.hf.activations import find_activations, fused
 from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, running
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
@@ -134,12 +135,8 @@ class LayeredModel:
 
     @contextlib.contextmanager
     def implementation(self, name: str) -> Iterator[None]:
-        """Every config of the model says attention `name`, experts "eager"; the settings come back at the end."""
-        # experts one after the other: the grouped product has no batching rule, and would be looped over cotangents
-        wanted = {
-            "_attn_implementation_internal": name,
-            "_experts_implementation_internal": "eager",
-        }
+        """Every config of the model says attention and experts `name`; the settings come back at the end."""
+        wanted = {"_attn_implementation_internal": name, "_experts_implementation_internal": name}
         before = [
             (config, key, getattr(config, key))
             for config in self._configs
@@ -214,6 +211,7 @@ class LayeredModel:
     def run_layer(self, number: int, x: Tensor, arguments: LayerArguments, run: LayerRun) -> Tensor:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
+        run.shape = x.shape[0], x.shape[1]
         token = running.set(run)
         try:
             with contextlib.ExitStack() as hooks:

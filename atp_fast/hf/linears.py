@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,8 +29,7 @@ def own_linears(
 
     The model's own code is back at the end.
     """
-    chosen = backends.backend_for(torch.empty(0, device=device), backend)
-    if chosen != "cpp" or not own_products_are_faster():
+    if not _are_own(torch.empty(0, device=device), backend):
         return nullcontext()
     own = []
     for module in modules:
@@ -40,11 +40,26 @@ def own_linears(
     return switched(own, lambda module, forward: functools.partial(_forward, module, forward))
 
 
-def _forward(module: Any, own: Function, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
+def mapped(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """x @ weight.T + bias, as nn.Linear with this weight (outputs, inputs) would be run inside `own_linears`."""
+    if _are_own(x, backend) and _can_be_own(x, weight, bias):
+        return linear(x, weight.t(), bias)
+    return F.linear(x, weight, bias)
+
+
+def _are_own(x: Tensor, backend: str) -> bool:
+    return own_products_are_faster() and backends.backend_for(x, backend) == "cpp"
+
+
+def _can_be_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     float32 = x.dtype == weight.dtype == torch.float32
     on_cpu = x.device.type == weight.device.type == "cpu"
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or not float32 or not on_cpu or 1 not in weight.stride():
+    return float32 and on_cpu and not trained and 1 in weight.stride()
+
+
+def _forward(module: Any, own: Function, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    if not _can_be_own(x, weight, bias):
         return own(x)
     return linear(x, weight.t() if isinstance(module, nn.Linear) else weight, bias)

@@ -87,7 +87,7 @@ class Plug(LayeredModel):
             assert run.options is not None and run.attention_module is not None
             shapes.add((run.q.shape[1], run.k.shape[1], run.q.shape[3], run.v.shape[3]))
             windows.append(run.options.window)
-            self._name_parts(number, calls, run.attention_module, x.detach(), out.detach())
+            self._name_parts(number, calls, run, x.detach(), out.detach())
             x = out.detach()
         if len(shapes) != 1:
             raise NotImplementedError(
@@ -99,12 +99,13 @@ class Plug(LayeredModel):
         self._compare_with_eager(ids, [*streams, x])
 
     def _name_parts(
-        self, number: int, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor
+        self, number: int, calls: list[Call], run: LayerRun, x: Tensor, out: Tensor
     ) -> None:
         """Find the modules of a layer that are nodes; what it lacks is noted as refused, by node kind."""
-        layer, found = self.layers[number], self.inspection
+        layer, found, attention = self.layers[number], self.inspection, run.attention_module
+        assert attention is not None
         try:
-            neurons = find_down_projection(layer, calls, attention, x.shape[-1])
+            neurons = find_down_projection(layer, calls, attention, x, run.mixtures)
             if found.neurons not in (0, neurons):
                 raise NotImplementedError("has another number of neurons than others")
             found.neurons = neurons
