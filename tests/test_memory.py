@@ -274,6 +274,14 @@ def test_many_row_counts_keep_to_a_small_budget() -> None:
 
 
 @PEAKS
+def test_many_pairs_keep_to_the_budget_of_patching() -> None:
+    """Their runs are stored for a few at a time: all of these would take 700 MB."""
+    case = {"nodes": 4, "pairs": 48, "positions": 128, "budget": "150MB"}
+    (found,) = measured("gpt_neox", [case])
+    assert 0.3 * 150e6 <= found["peak"] <= 1.1 * 150e6, found
+
+
+@PEAKS
 @pytest.mark.parametrize("name", CASES)
 def test_estimates_are_within_30_percent_of_measured_peaks(name: str) -> None:
     """And patching keeps to its budget."""

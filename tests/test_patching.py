@@ -277,12 +277,40 @@ def test_batches_of_pairs_change_nothing(metric: Any) -> None:
         patching = Patching(engine.plug, pairs, resolve(metric, pairs), KINDS, budget, 2)
         effect, measured = patching.effects(nodes)
     batches = 1 if metric is against_the_mean else 3
-    assert len(patching.sessions) == batches
+    assert len(patching.batches) == batches
     assert bool(measured.all())
     largest = float(whole.effect.abs().max())
     assert float((effect - whole.effect).abs().max()) <= 1e-12 * largest
     assert float((patching.clean_value - whole.clean_value).abs().max()) <= 1e-12 * largest
     assert_naive(whole, model, pairs, [[node] for node in nodes], metric)
+
+
+@pytest.mark.parametrize("budget", [1, "60KB", "1GiB"])
+def test_runs_that_the_budget_does_not_hold_are_made_again(
+    budget: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same effects, on all pairs and on one pair each, call after call; only runs that are needed are made."""
+    model = zoo.build("llama")
+    pairs = zoo.random_pairs(model, 5, POSITIONS, ragged=True)
+    free = Engine(model).patching(pairs, KINDS)
+    patching = Engine(model, memory_budget=budget).patching(pairs, KINDS)
+    nodes = some_nodes(Engine(model), KINDS, 4)
+    asked: list[int] = []
+    make = patching._session
+    monkeypatch.setattr(patching, "_session", lambda n: asked.append(n) or make(n))
+    wanted, measured = free.effects(nodes)
+    for _ in range(2):
+        found, valid = patching.effects(nodes)
+        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+        assert torch.equal(valid, measured)
+    torch.testing.assert_close(patching.clean_value, free.clean_value, rtol=1e-12, atol=0)
+    asked.clear()
+    index = torch.full((len(nodes),), 4)
+    one, _ = patching.effects(nodes, [[i] for i in range(len(nodes))], index)
+    assert float((one[4] - wanted[4]).abs().max()) <= 1e-12 * float(wanted.abs().max())
+    batches = {1: 5, "60KB": 5, "1GiB": 1}[budget]
+    assert len(patching.batches) == batches and len(asked) == 1
+    assert (len(patching._kept) == batches) == (budget == "1GiB")
 
 
 @pytest.mark.parametrize("metric", ["nll", every_position])

@@ -228,6 +228,23 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def stored_pairs(plug: Plug, room: int, positions: int, kinds: Sequence[str]) -> int:
+    """Pairs whose two runs exact patching can store in `room` bytes, at least one: layer inputs of both, the corrupted values
+    of `kinds`, the clean keys and values."""
+    found, layers = plug.inspection, len(plug.layers)
+    keys_values = found.kv_heads * (found.head_dim + found.v_dim)
+    widths = {
+        "q": found.heads * found.head_dim,
+        "k": found.kv_heads * found.head_dim,
+        "v": found.kv_heads * found.v_dim,
+        "z": found.heads * found.v_dim,
+        "neuron": found.neurons,
+    }
+    values = sum(widths.get(kind, found.hidden) for kind in kinds if kind != "resid_pre")
+    position = 2 * (layers + 1) * found.hidden + layers * (keys_values + values)
+    return max(1, room // (plug.itemsize * position * positions))
+
+
 def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
     """Rows of exact patching run at once in `room` bytes, at least one.
 

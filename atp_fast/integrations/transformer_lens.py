@@ -290,7 +290,8 @@ def _patched(
         for fn in metrics.values():
             metric = of_batch(fn, batch, positions, _vocabulary(found.model), reduce != "scalar")
             session = found.patching(pairs, (kind,), metric, "denoising")
-            _check_cache(session, clean_cache, kind)
+            with found.plug.plugged():
+                _check_cache(session, clean_cache, kind)
             effect, _ = session.effects(nodes, sets)
             value = session.clean_value[:, None] + effect
             if reduce == "none":
@@ -465,7 +466,7 @@ def _check_cache(session: Patching, cache: ActivationCache, kind: str) -> None:
 
     Lengths of vectors are compared, which a rotation by position leaves alone.
     """
-    for rows, part in zip(session.batches, session.sessions, strict=True):
+    for rows, part in zip(session.batches, session.sessions(), strict=True):
         for layer, values in enumerate(part.runs.values):
             stored = cache.cache_dict.get(hook_name(kind, layer))
             if stored is None:

@@ -8,13 +8,13 @@ first differing token, or in its padding, have effect 0 and cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from atp_fast.attribution.memory import Budget, patched_rows
+from atp_fast.attribution.memory import Budget, patched_rows, stored_pairs
 from atp_fast.attribution.runs import PairRuns, both_logits, filled, metric_logits, run_pairs
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
 from atp_fast.metrics import Metric
@@ -50,8 +50,15 @@ class Patches(NamedTuple):
         return Patches(*(column[which] for column in self))
 
 
+_PAIRS_AT_ONCE = 16  # more of them share fewer leading tokens
+
+
 class Patching:
-    """Pairs ready to be patched again and again; their two runs are made once, in batches of `pairs_at_once`."""
+    """Pairs ready to be patched again and again, in batches.
+
+    The two runs of a batch, a quarter of the budget at most, are made when it is first patched, and kept for the next time as
+    long as all that are kept fit half of the budget; the rest is for the rows run at once.
+    """
 
     def __init__(
         self,
@@ -60,23 +67,48 @@ class Patching:
         metric: Metric,
         kinds: Sequence[str],
         budget: Budget,
-        pairs_at_once: int = 16,
+        pairs_at_once: int | None = None,
     ) -> None:
-        """kinds: the node kinds that will be patched."""
+        """kinds: the node kinds that will be patched; pairs_at_once: of a batch, by default as the budget has it."""
         order = torch.argsort(pairs.split, descending=True, stable=True)
-        size = len(pairs) if metric.all_pairs_at_once else pairs_at_once
+        size = len(pairs)
+        if not metric.all_pairs_at_once:
+            most = int(torch.maximum(pairs.lengths, pairs.corrupted_lengths).max())
+            room = budget.bytes // 4
+            size = pairs_at_once or min(_PAIRS_AT_ONCE, stored_pairs(plug, room, most, kinds))
         self.batches = (
             [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
         )
-        with plug.plugged():
-            self.sessions = [
-                PatchSession(plug, pairs[rows], metric, kinds) for rows in self.batches
-            ]
-        room = budget.bytes - sum(session.stored_bytes() for session in self.sessions)
-        for session in self.sessions:
-            session.room = room
-        self.plug, self.pairs = plug, pairs
-        self.clean_value = self._gather([session.clean_value.cpu() for session in self.sessions])
+        self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
+        self._budget, self._stored = budget, 0
+        self._kept: dict[int, PatchSession] = {}
+        self._values: dict[int, Tensor] = {}
+
+    @property
+    def clean_value(self) -> Tensor:
+        """The metric of the unpatched runs, (pairs,), on the CPU."""
+        if len(self._values) < len(self.batches):
+            with self.plug.plugged():
+                for _ in self.sessions():
+                    pass
+        return self._gather([self._values[number] for number in range(len(self.batches))])
+
+    def sessions(self) -> Iterator[PatchSession]:
+        """Each batch, inside `plug.plugged()`."""
+        return (self._session(number) for number in range(len(self.batches)))
+
+    def _session(self, number: int) -> PatchSession:
+        session = self._kept.get(number)
+        if session is None:
+            pairs = self.pairs[self.batches[number]]
+            session = PatchSession(self.plug, pairs, self.metric, self.kinds)
+            self._values[number] = session.clean_value.cpu()
+            stored = session.stored_bytes()
+            if self._stored + stored <= self._budget.bytes // 2:
+                self._kept[number], self._stored = session, self._stored + stored
+        beside = 0 if number in self._kept else session.stored_bytes()
+        session.room = self._budget.bytes - self._stored - beside
+        return session
 
     def _gather(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of all batches back in the pairs' own order."""
@@ -112,26 +144,34 @@ class Patching:
             sizes = torch.tensor([len(members) for members in subsets], dtype=torch.int64)
             subset = torch.arange(count).repeat_interleave(sizes)
             node = torch.tensor([i for members in subsets for i in members], dtype=torch.int64)
-        effect = torch.zeros((len(self.pairs), count), dtype=self.clean_value.dtype)
+        effect = torch.zeros((len(self.pairs), count), dtype=torch.float64)
         measured = torch.zeros(effect.shape, dtype=torch.bool)
-        for rows, session in zip(self.batches, self.sessions, strict=True):
-            present = _all_present(self.pairs[rows], table, subset, node, count)
-            if pair_index is None:
-                effect[rows] = session.effects(table, subset, node, count, advance=advance)
-                measured[rows] = present
-                continue
+        dtype = torch.float32
+        for number, rows in enumerate(self.batches):
             place = torch.full((len(self.pairs),), -1)
             place[rows] = torch.arange(len(rows))
-            mine = (place[pair_index] >= 0).nonzero().flatten()
+            mine = None if pair_index is None else (place[pair_index] >= 0).nonzero().flatten()
+            if mine is not None and len(mine) == 0 and number in self._values:
+                continue  # its runs need not be made again
+            session = self._session(number)
+            dtype = session.clean_value.dtype
+            present = _all_present(self.pairs[rows], table, subset, node, count)
+            if pair_index is None or mine is None:
+                part = session.effects(table, subset, node, count, advance=advance)
+                effect[rows] = part.double()
+                measured[rows] = present
+                del session  # before the next one is made
+                continue
             renumber = torch.full((count,), -1)
             renumber[mine] = torch.arange(len(mine))
             member = renumber[subset] >= 0
             where = pair_index[mine]
             effect[where, mine] = session.effects(
                 table, renumber[subset[member]], node[member], len(mine), place[where], advance
-            )
+            ).double()
             measured[where, mine] = present[place[where], mine]
-        return effect, measured
+            del session
+        return effect.to(dtype), measured
 
 
 def _all_present(
