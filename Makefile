@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT ?= 0
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: docs package test-integrations demo test check test-interpret test-compile sanitize build model \
+.PHONY: gpu docs package test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
 	mutants study study-quick clean
 
@@ -100,6 +100,12 @@ bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patchi
 
 bench-roofline: build
 	$(BIN)/python bench/roofline.py
+
+# Everything that needs a GPU, in eight minutes, this set-up included. GPU_PYTHON: one that has torch, in place of .venv.
+GPU_PYTHON ?=
+gpu:
+	began=$$(date +%s); if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) build; fi; \
+	$(or $(GPU_PYTHON),$(BIN)/python) bench/gpu.py --began $$began
 
 study: build model
 	$(BIN)/python bench/study.py

@@ -4,7 +4,9 @@ Causal; on a CPU one batch of 12 heads in float32, on a GPU (taken where there i
 The op tests run first; no number is printed on red. Providers of a cell take turns; rows go to bench/results/kernels.csv:
 seconds, how many times faster each backend is than each opponent, the share of the best matrix-product rate that torch
 reaches here in the same run (node_effects: of the copy bandwidth), and the peak memory beside inputs and outputs, on a
-CPU in a process of its own. Operations are those of the causal half.
+CPU in a process of its own. On a GPU also the seconds that it works on a call (kernel_seconds) and those that Python needs to
+start it (host_seconds), the share of the peak then by the former; KV in a shape is the number of grouped key and value heads.
+Operations are those of the causal half.
   attention              2 products; opponents: reference, SDPA (which keeps no row statistics)
   attention_vjp          1 + 4 C;    reference, SDPA's backward under vmap, and once per cotangent
   query_patch_effects    2;          reference
@@ -20,15 +22,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from measure import (
     DEVICE,
-    Timing,
     check_environment,
+    device_seconds,
     extra_peak,
+    host_seconds,
     in_subprocess,
     interleaved,
     product_paths,
@@ -64,15 +67,20 @@ PRODUCTS: dict[str, Callable[[int], int]] = {
 Provider = Callable[[], object]
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
 def stock(op: str, x: Inputs) -> dict[str, Provider]:
     """What a user without this package would write."""
     if op == "attention":
-        attend = partial(F.scaled_dot_product_attention, x.q, x.k, x.v, is_causal=True)
+        attend = partial(sdpa, x.q, x.k, x.v)
         return {"SDPA": attend}
     if op != "attention_vjp":
         return {}
     inputs = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-    z = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    z = sdpa(*inputs)
 
     def grad(g: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(z, inputs, g, retain_graph=True)
@@ -86,14 +94,14 @@ def stock(op: str, x: Inputs) -> dict[str, Provider]:
 def bench_cell(
     file: RowFile,
     op: str,
-    positions: int,
-    head_dim: int,
-    cotangents: int,
+    cell: Cell,
     dtype: torch.dtype,
     rounds: int,
     compiled: bool,
 ) -> None:
-    x = random_inputs((BATCH, HEADS, positions, head_dim), cotangents, dtype, DEVICE)
+    positions, head_dim, cotangents, kv_heads = cell
+    shape = (BATCH, HEADS, positions, head_dim)
+    x = random_inputs(shape, cotangents, dtype, DEVICE, kv_heads)
     call, backend = calls_of(x)[op], ops.backend_for(x.q)
     reference = partial(call, backend="reference")
     providers: dict[str, Provider] = {backend: partial(call, backend=backend), **stock(op, x)}
@@ -119,9 +127,18 @@ def bench_cell(
     columns: dict[str, Any] = {
         "op": op,
         "mode": "one call",
-        "shape": {"B": BATCH, "H": HEADS, "T": positions, "D": head_dim, "C": cotangents},
+        "shape": {"B": BATCH, "H": HEADS, "T": positions, "D": head_dim, "C": cotangents}
+        | ({"KV": kv_heads} if kv_heads != HEADS else {}),
         "dtype": name_of_dtype,
     }
+    worked = timings[backend].wall
+    if GPU:
+        seconds = {name: device_seconds(fn) for name, fn in providers.items()}
+        worked = seconds[backend]
+        for name, fn in providers.items():
+            file.add(seconds[name], metric="kernel_seconds", provider=name, **columns)
+            started = host_seconds(fn, rounds)
+            file.add(started, metric="host_seconds", provider=name, **columns)
     for name in providers:
         timings[name].write(file, provider=name, note=note if name == backend else "", **columns)
     for name in providers:
@@ -130,7 +147,7 @@ def bench_cell(
                 file, timings[name], timings[backend], of=name, provider=backend, **columns
             )
     file.add(
-        shares(op, timings[backend], rate, positions, head_dim, cotangents, dtype.itemsize),
+        shares(op, worked, rate, positions, head_dim, cotangents, dtype.itemsize),
         metric="share_of_copy_bandwidth" if op == "node_effects" else "share_of_product_peak",
         provider=backend,
         note=f"peak {rate / 1e9:.4g} G/s",
@@ -140,20 +157,20 @@ def bench_cell(
 
 def shares(
     op: str,
-    timing: Timing,
+    seconds: Sequence[float],
     rate: float,
     positions: int,
     head_dim: int,
     cotangents: int,
     itemsize: int,
 ) -> list[float]:
-    """Share of the peak rate, round by round."""
+    """Share of the peak rate, call by call."""
     if op == "node_effects":
         work = itemsize * BATCH * HEADS * positions * head_dim * (1 + cotangents)
     else:
         pairs = positions * (positions + 1) / 2
         work = PRODUCTS[op](cotangents) * 2 * head_dim * BATCH * HEADS * pairs
-    return [work / seconds / rate for seconds in timing.wall]
+    return [work / each / rate for each in seconds]
 
 
 def memory_of(
@@ -194,7 +211,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="T = 64 and 1024, C = 12, head_dim 64 only"
+        "--quick",
+        action="store_true",
+        help="head_dim 64; T = 64, 1024 and C = 12, on a GPU T = 1024, 4096 and C = 1, 12",
     )
     parser.add_argument("--op", choices=OPS, action="append")
     parser.add_argument("--T", type=int, action="append", help="prompt lengths")
@@ -215,30 +234,44 @@ def main() -> None:
         tests = "tests/test_ops_triton.py" if GPU else "tests/test_ops_cpp.py"
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", tests], cwd=ROOT, check=True)
     file = RowFile(RESULTS / "kernels.csv")
-    lengths = given.T or ([64, 1024] if given.quick else [64, 256, 1024, 4096])
+    lengths = given.T or (
+        ([1024, 4096] if GPU else [64, 1024])
+        if given.quick
+        else ([512, 1024, 2048, 4096, 8192] if GPU else [64, 256, 1024, 4096])
+    )
     dtypes = given.dtype or (["bfloat16", "float32"] if GPU else ["float32"])
     for dtype in (getattr(torch, name) for name in dtypes):
-        for op, cell in cells(lengths, given.op or OPS, given.quick):
-            rounds = given.rounds if cell[0] <= 1024 else min(given.rounds, 3)
-            bench_cell(file, op, *cell, dtype, rounds, not given.no_compile)
+        for cell in cells(lengths, given.quick):
+            rounds = given.rounds if cell.positions <= 1024 else min(given.rounds, 3)
+            for op in given.op or OPS:
+                if op in ("attention", "query_patch_effects") and cell.cotangents not in (1, 12):
+                    continue  # hardly depends on the cotangents
+                bench_cell(file, op, cell, dtype, rounds, not given.no_compile)
         for op in given.op or ("attention", "key_patch_effects", "attention_vjp_effects"):
             for positions, backend in ((1024, "reference"), (1024, "auto"), (4096, "auto")):
                 bench_memory(file, op, positions, dtype, backend)
 
 
-def cells(
-    lengths: Sequence[int], names: Sequence[str], quick: bool
-) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Op, and (positions, head_dim, cotangents), of every cell of the table."""
+class Cell(NamedTuple):
+    """Sizes of a cell of the table."""
+
+    positions: int
+    head_dim: int
+    cotangents: int
+    kv_heads: int = HEADS
+
+
+def cells(lengths: Sequence[int], quick: bool) -> Iterator[Cell]:
+    """Every cell; on a GPU with grouped heads beside the others."""
+    counts = (1, 3, 7, 12) if GPU else (1, 12, 30)
     for positions in lengths:
         for head_dim in (64,) if quick else (64, 128):
-            for cotangents in (12,) if quick else (1, 12, 30):
-                if positions > 1024 and (head_dim, cotangents) != (64, 12):
+            for cotangents in (1, 12) if quick and GPU else (12,) if quick else counts:
+                if positions > 1024 and not GPU and (head_dim, cotangents) != (64, 12):
                     continue  # minutes a call; the costs grow as the products do
-                for op in names:
-                    if op in ("attention", "query_patch_effects") and cotangents == 30:
-                        continue  # hardly depends on the cotangents
-                    yield op, (positions, head_dim, cotangents)
+                yield Cell(positions, head_dim, cotangents)
+                if GPU and cotangents == 12:
+                    yield Cell(positions, head_dim, cotangents, HEADS // 4)
 
 
 if __name__ == "__main__":

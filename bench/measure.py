@@ -73,6 +73,26 @@ def timed(fn: Callable[[], object], repeats: int = 1) -> tuple[float, float, flo
     return wall / repeats, cpu / repeats, max(0.0, _busy_seconds() - busy - cpu) / wall
 
 
+def device_seconds(fn: Callable[[], object]) -> list[float]:
+    """Seconds that the GPU works on one call, from cold caches: what Python needs to start it is hidden behind their clearing."""
+    from triton.testing import do_bench
+
+    return [ms / 1e3 for ms in do_bench(fn, warmup=5, rep=50, return_mode="all")]
+
+
+def host_seconds(fn: Callable[[], object], rounds: int, repeats: int = 10) -> list[float]:
+    """Seconds that Python needs to start one call, the mean of `repeats`, round by round; nothing waits for the GPU."""
+    found = []
+    for _ in range(rounds):
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            fn()
+        found.append((time.perf_counter() - began) / repeats)
+    synchronize()
+    return found
+
+
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():

@@ -33,14 +33,21 @@ def random_inputs(
     cotangents: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    kv_heads: int | None = None,
 ) -> Inputs:
-    """Normally distributed, the same for the same shape and device; shape: (batch, heads, positions, head_dim)."""
+    """Normally distributed, the same for the same shape and device; shape: (batch, heads, positions, head_dim).
+
+    kv_heads: of keys and values, as many as queries have when None.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    q, k, v, q_corrupted, k_corrupted = (random(*shape) for _ in range(5))
+    grouped = (shape[0], kv_heads or shape[1], *shape[2:])
+    q, k, v, q_corrupted, k_corrupted = (
+        random(*size) for size in (shape, grouped, grouped, shape, grouped)
+    )
     return Inputs(q, k, v, q_corrupted, k_corrupted, random(cotangents, *shape))
 
 
