@@ -122,24 +122,20 @@ class _Layer:
         cotangent skips this dropped layer.
         """
         below = self.number > 0 or "resid_pre" in self.kinds
-        count = len(cotangents)
-        inputs = (
-            self.tape.x.new_empty((count + self.method.graddrop, *cotangents.shape[1:]))
-            if below
-            else None
-        )
-        for i in range(0, count, chunk):
-            part = slice(i, min(i + chunk, count))
-            self._through(cotangents[part], i, None if inputs is None else inputs[part])
+        inputs: list[Tensor] | None = [] if below else None
+        for i in range(0, len(cotangents), chunk):
+            self._through(cotangents[i : i + chunk], i, inputs)
         if inputs is None:
             return cotangents, self.found
-        inputs[count:] = cotangents[:1]
+        if self.method.graddrop:
+            inputs.append(cotangents[:1])
+        joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         if "resid_pre" in self.kinds:
-            self._first_order("resid_pre", inputs, 0)
-        return inputs, self.found
+            self._first_order("resid_pre", joined, 0)
+        return joined, self.found
 
-    def _through(self, cotangents: Tensor, first: int, inputs: Tensor | None) -> None:
-        """A chunk of cotangents, the first of which is number `first`; those of the layer's input go into `inputs`."""
+    def _through(self, cotangents: Tensor, first: int, inputs: list[Tensor] | None) -> None:
+        """A chunk of cotangents, the first of which is number `first`; those of the layer's input join `inputs`."""
         tape, run = self.tape, self.tape.run
         assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
         inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
@@ -156,7 +152,9 @@ class _Layer:
         if "v" in self.kinds:
             self._first_order("v", grad_v[..., self.start :, :], first)
         if inputs is not None:
-            torch.add(tape.from_attention(grad_q, grad_k, grad_v), grads[-1], out=inputs)
+            own = slice(self.start, None)
+            by_kind = {"q": grad_q, "k": grad_k[..., own, :], "v": grad_v[..., own, :]}
+            inputs.append(tape.from_attention(by_kind, grads[-1]))
 
     def _through_attention(self, grad_z: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         run, backend = self.tape.run, self.plug.backend
