@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from atp_fast import Engine, PromptPairs
 from atp_fast.attribution import sweep as sweeps
-from atp_fast.attribution.scores import Scores
 from atp_fast.kernels import launch
 from atp_fast.ops import triton
 
@@ -48,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_LLAMA, "head_dim": 16, "sliding_window": 4},
 }
 # what adds to the scores, wherever it is called from
-_SCORING = ((sweeps._Layer, "_first_order"), (sweeps._Layer, "_reduce"), (Scores, "add"))
+_SCORING = ((sweeps._Layer, "_first_order"), (sweeps._Layer, "_given"))
 
 
 class Launches(TorchDispatchMode):
