@@ -46,3 +46,18 @@ def exponential(address: int, out: int, count: int, wide: bool) -> None: ...
 def node_effects(
     size: Sequence[int], delta: _Passed, grad: _Passed, weights: int, out: int, threads: int
 ) -> None: ...
+def add_effects(
+    sizes: tuple[int, int, int, int, int, int],
+    grad: _Passed,
+    clean: _Passed,
+    corrupted: _Passed,
+    weights: int,
+    live: int,
+    first: int,
+    score: _Passed,
+    effect: int,
+    per_pair: _Passed,
+    rows: int,
+    pair_signed: bool,
+    threads: int,
+) -> None: ...

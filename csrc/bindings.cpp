@@ -95,6 +95,40 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// sizes: cotangents, batch, positions, width, dim, columns; values are (batch, positions, width, dim)
+void add_effects(const std::array<Index, 6>& sizes, const Passed& grad, const Passed& clean,
+                 const Passed& corrupted, std::uintptr_t weights, std::uintptr_t live,
+                 std::uintptr_t first, const Passed& score, std::uintptr_t effect,
+                 const Passed& per_pair, std::uintptr_t rows, bool pair_signed, int threads) {
+    const auto values = [](const Passed& passed) {
+        View out = view(passed);
+        std::copy_backward(out.stride, out.stride + 4, out.stride + 5);
+        return out;
+    };
+    const View sums = view(score), pairs = view(per_pair);
+    const AddEffectsCall call{sizes[0],
+                              sizes[1],
+                              sizes[2],
+                              sizes[3],
+                              sizes[4],
+                              sizes[5],
+                              view(grad),
+                              values(clean),
+                              values(corrupted),
+                              at<void>(weights),
+                              at<std::uint8_t>(live),
+                              at<std::int64_t>(first),
+                              sums.data,
+                              at<void>(effect),
+                              sums.stride[0],
+                              pairs.data,
+                              at<std::int64_t>(rows),
+                              pairs.stride[0],
+                              pairs.stride[1],
+                              pair_signed};
+    kernels().add_effects[slot(sums.dtype)](call, threads);
+}
+
 // (scale, causal, window or 0, softcap or 0, address of sinks or 0, address of key_mask or 0)
 using PassedScoring = std::tuple<double, bool, Index, double, std::uintptr_t, std::uintptr_t>;
 
@@ -182,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of atp_fast";
     m.attr("__version__") = ATP_FAST_VERSION;
     m.def("node_effects", node_effects, release());
+    m.def("add_effects", add_effects, release());
     m.def("attention", attention, release());
     m.def("attention_backward", attention_backward, release());
     m.def("linear", linear, release());

@@ -69,6 +69,23 @@ struct NodeEffectsCall {
     void* out;
 };
 
+// add_effects: views are (cotangents, batch, positions, width, dim), the values without the first
+// axis (its stride is not used); what is added to is of the accumulation type, its last axis
+// contiguous.
+struct AddEffectsCall {
+    Index cotangents, batch, positions, width, dim, columns;
+    View grad, clean, corrupted;  // values of null: grad holds the effects, dim is 1
+    const void* weights;          // (cotangents,)
+    const std::uint8_t* live;     // (batch, positions) or null: everywhere
+    const std::int64_t* first;    // (batch,), the column of each first position, or null: 0
+    void *score, *effect;         // (columns, width), effect or null
+    Index score_row;
+    void* per_pair;            // (pairs, columns, width) or null
+    const std::int64_t* rows;  // (batch,) of per_pair
+    Index pair_step, pair_row;
+    bool pair_signed;  // a pair's row gets the first cotangent's effects, not the score
+};
+
 // linear: y (rows, columns), contiguous, = x w + bias; bias is (columns,) or null, every type the
 // accumulation type.
 struct LinearCall {
@@ -87,6 +104,7 @@ struct Kernels {
     void (*attention[2])(const AttentionCall&, int threads);  // float, double
     void (*attention_backward[2])(const BackwardCall&, int threads);
     void (*node_effects[2])(const NodeEffectsCall&, int threads);
+    void (*add_effects[2])(const AddEffectsCall&, int threads);
     void (*linear[2])(const LinearCall&, int threads);
     void (*exponential[2])(const void* in, void* out, Index count);
 };

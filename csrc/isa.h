@@ -4,6 +4,7 @@
 #include "simd.h"
 #include "convert.h"
 #include "node_effects.h"
+#include "add_effects.h"
 #include "product.h"
 #include "linear.h"
 #include "attention.h"
@@ -27,6 +28,7 @@ const Kernels kernels = {
     {attention<float>, attention<double>},
     {attention_backward<float>, attention_backward<double>},
     {node_effects<float>, node_effects<double>},
+    {add_effects<float>, add_effects<double>},
     {linear<float>, linear<double>},
     {exponential<float>, exponential<double>},
 };

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from atp_fast.ops.linear import cpu_words, linear, linear_product, own_product, torch_product
+from atp_fast.ops.linear import cpu_words, linear, own_product, torch_product
+from atp_fast.ops.pending import Pending
 
 PRECISIONS = (None, "bf16")
 
@@ -44,13 +45,18 @@ class _NarrowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (product,) = _NarrowProduct.cotangents(ctx, grad[None])
+        alone = product.alone() if isinstance(product, Pending) else product
+        return alone[0], None, None, None, None
+
+    @staticmethod
+    def cotangents(ctx: Any, grad: Tensor) -> list[Pending | Tensor]:
         rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
-        if grad.dtype.itemsize == 2 or _multiplies_bfloat16(grad.device.type):
-            product = (rounded @ narrow).to(grad.dtype)
-        else:
-            multiply = linear_product if ctx.own else torch.matmul
-            product = multiply(rounded.to(grad.dtype), narrow.to(grad.dtype))
-        return product, None, None, None, None
+        if grad.dtype.itemsize > 2 and not _multiplies_bfloat16(grad.device.type):
+            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
+            return [Pending.product(rounded, narrow, own_product if ctx.own else None)]
+        product = Pending.product(rounded, narrow)
+        return [product if grad.dtype == torch.bfloat16 else product.alone().to(grad.dtype)]
 
 
 class NarrowCotangents(TorchFunctionMode):

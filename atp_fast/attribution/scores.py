@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atp_fast import ops
 from atp_fast.attribution.question import Method
-from atp_fast.nodes import NodeSpace
+from atp_fast.nodes import ATTENTION_KINDS, NodeSpace
 
 
 def cotangent_weights(graddrop: bool, kind: str, layer: int, layers: int) -> list[float]:
@@ -35,10 +36,6 @@ def weight_tables(
         return torch.tensor(whole, device=device, dtype=dtype)
 
     return table("z"), table("resid_pre")
-
-
-Found = dict[str, tuple[Tensor, Tensor]]
-"""One layer's effects: kind -> score and signed effect, (pairs, positions, width)."""
 
 
 class Place(NamedTuple):
@@ -94,25 +91,49 @@ class Scores:
         """Weights, (count,), of the cotangents from number `first` on that are present at a layer."""
         return self._weights[kind == "resid_pre"][layer, first : first + count]
 
-    def add(self, layer: int, found: Found, place: Place) -> None:
-        """Add one layer's effects of a batch of pairs."""
-        for kind, (score, effect) in found.items():
-            if place.live is not None:
-                live = place.live[..., None]
-                score, effect = torch.where(live, score, 0), torch.where(live, effect, 0)
-            columns = place.columns
-            if isinstance(columns, Tensor):
-                score, effect = self._moved(score, columns), self._moved(effect, columns)
-                columns = slice(None)
-            self.score[kind][layer, columns] += score.sum(0)
-            self.effect[kind][layer, columns] += effect.sum(0)
-            if self.per_pair is not None:
-                kept = score if self.method.graddrop else effect
-                self.per_pair[kind][place.rows, layer, columns] = kept
+    def add(
+        self,
+        kind: str,
+        layer: int,
+        place: Place,
+        first: int,
+        grad: Tensor,
+        values: tuple[Tensor, Tensor] | None = None,
+        *,
+        backend: str,
+    ) -> None:
+        """Add a layer's effects of a batch of pairs under the cotangents from number `first` on, in place.
 
-    def _moved(self, x: Tensor, first: Tensor) -> Tensor:
-        """x (pairs, positions, width) in the user's columns: gathered, since scattering has no fixed order on CUDA."""
-        source = torch.arange(self.space.positions, device=x.device) - first[:, None]
-        here = (source >= 0) & (source < x.shape[1])
-        index = source.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
-        return x.gather(1, index).masked_fill(~here[..., None], 0)
+        grad: gradients by the clean values, (C, *their shape), values: the clean and the corrupted ones; or grad: the
+        effects themselves, (C, pairs, positions, width).
+        """
+        if values is None:
+            grad, clean, corrupted = grad[..., None], None, None
+        else:
+            clean, corrupted = (_as_vectors(kind, x, 1) for x in values)
+            grad = _as_vectors(kind, grad.to(clean.dtype), 2)
+        if isinstance(place.columns, Tensor):
+            columns, starts = slice(None), place.columns
+        else:
+            columns, starts = place.columns, None
+        ops.add_effects(
+            grad,
+            weights=self.weights(kind, layer, first, len(grad)),
+            score=self.score[kind][layer, columns],
+            effect=self.effect[kind][layer, columns] if first == 0 else None,
+            clean=clean,
+            corrupted=corrupted,
+            live=place.live,
+            first=starts,
+            per_pair=self.per_pair[kind][:, layer, columns] if self.per_pair else None,
+            rows=place.rows if self.per_pair else None,
+            pair_signed=not self.method.graddrop,
+            backend=backend,
+        )
+
+
+def _as_vectors(kind: str, x: Tensor, batch: int) -> Tensor:
+    """Values of a kind, whose batch axes end at number `batch`, as (..., positions, width, dim)."""
+    if kind in ATTENTION_KINDS:
+        return x.transpose(batch, batch + 1)
+    return x[..., None] if kind == "neuron" else x.unsqueeze(-2)

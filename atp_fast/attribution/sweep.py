@@ -17,8 +17,8 @@ from torch import Tensor
 from atp_fast import ops
 from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.runs import PairRuns, both_logits, corrupted_values, run_pairs
-from atp_fast.attribution.scores import Found, Place, Scores
-from atp_fast.attribution.tape import LayerTape, Values
+from atp_fast.attribution.scores import Place, Scores
+from atp_fast.attribution.tape import LayerTape
 from atp_fast.hf import Plug
 from atp_fast.metrics import Metric
 from atp_fast.nodes import ATTENTION_KINDS
@@ -55,12 +55,12 @@ def sweep(
     chunk = plan.chunk
     for number in reversed(range(len(plug.layers))):
         if any_live:
+            added: dict[str, int] = {}
             while True:
                 try:
                     # the layer's tape is gone when this returns
-                    cotangents, found = _Layer(plug, runs, plan, scores, number, spans).sweep(
-                        cotangents, chunk
-                    )
+                    layer = _Layer(plug, runs, plan, scores, number, place, spans, added)
+                    cotangents = layer.sweep(cotangents, chunk)
                     break
                 except torch.OutOfMemoryError:
                     taken = min(chunk, len(cotangents))
@@ -71,7 +71,6 @@ def sweep(
                         f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
                         stacklevel=2,
                     )
-            scores.add(number, found, place)
         advance()
     return clean_value, corrupted_value
 
@@ -100,10 +99,14 @@ class _Layer:
         plan: SweepPlan,
         scores: Scores,
         number: int,
+        place: Place,
         spans: Tensor | None,
+        added: dict[str, int],
     ) -> None:
-        """spans: which positions each span sums, as PairRuns.spans gives them."""
-        self.plug, self.scores, self.number, self.spans = plug, scores, number, spans
+        """spans: which positions each span sums, as PairRuns.spans gives them; added: by kind, the cotangents whose effects
+        are in the scores."""
+        self.plug, self.scores, self.number = plug, scores, number
+        self.place, self.spans, self.added = place, spans, added
         self.kinds, self.method = scores.space.kinds, scores.method
         self.start, self.prefix = runs.start, runs.prefixes[number]
         kept = runs.tapes.pop(number, None)
@@ -112,34 +115,28 @@ class _Layer:
             tape = LayerTape(plug, number, x, arguments, self.prefix, self.kinds, plan.precision)
             kept = tape, corrupted_values(plug, runs, number, self.kinds)[1]
         self.tape, self.corrupted = kept
-        self.deltas: Values = {}
-        self.found: Found = {}
 
-    def sweep(self, cotangents: Tensor, chunk: int) -> tuple[Tensor, Found]:
+    def sweep(self, cotangents: Tensor, chunk: int) -> Tensor:
         """Take all cotangents (C, pairs, positions, hidden) through the layer, `chunk` at a time.
 
-        Returns those of its input, and the layer's effects. With GradDrop there is one more, as which the ordinary
-        cotangent skips this dropped layer.
+        Returns those of its input; the layer's effects are added to the scores. With GradDrop there is one more, as which
+        the ordinary cotangent skips this dropped layer.
         """
         below = self.number > 0 or "resid_pre" in self.kinds
-        count = len(cotangents)
-        inputs = (
-            self.tape.x.new_empty((count + self.method.graddrop, *cotangents.shape[1:]))
-            if below
-            else None
-        )
-        for i in range(0, count, chunk):
-            part = slice(i, min(i + chunk, count))
-            self._through(cotangents[part], i, None if inputs is None else inputs[part])
+        inputs: list[Tensor] | None = [] if below else None
+        for i in range(0, len(cotangents), chunk):
+            self._through(cotangents[i : i + chunk], i, inputs)
         if inputs is None:
-            return cotangents, self.found
-        inputs[count:] = cotangents[:1]
+            return cotangents
+        if self.method.graddrop:
+            inputs.append(cotangents[:1])
+        joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         if "resid_pre" in self.kinds:
-            self._first_order("resid_pre", inputs, 0)
-        return inputs, self.found
+            self._first_order("resid_pre", joined, 0)
+        return joined
 
-    def _through(self, cotangents: Tensor, first: int, inputs: Tensor | None) -> None:
-        """A chunk of cotangents, the first of which is number `first`; those of the layer's input go into `inputs`."""
+    def _through(self, cotangents: Tensor, first: int, inputs: list[Tensor] | None) -> None:
+        """A chunk of cotangents, the first of which is number `first`; those of the layer's input join `inputs`."""
         tape, run = self.tape, self.tape.run
         assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
         inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
@@ -156,7 +153,9 @@ class _Layer:
         if "v" in self.kinds:
             self._first_order("v", grad_v[..., self.start :, :], first)
         if inputs is not None:
-            torch.add(tape.from_attention(grad_q, grad_k, grad_v), grads[-1], out=inputs)
+            own = slice(self.start, None)
+            by_kind = {"q": grad_q, "k": grad_k[..., own, :], "v": grad_v[..., own, :]}
+            inputs.append(tape.from_attention(by_kind, grads[-1]))
 
     def _through_attention(self, grad_z: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         run, backend = self.tape.run, self.plug.backend
@@ -188,53 +187,52 @@ class _Layer:
             **options,
         )
         if "q" in self.kinds:
-            self._reduce("q", found.effect_q, first)
+            self._given("q", found.effect_q, first)
         if "k" in self.kinds:
-            self._reduce("k", found.effect_k[:, :, self.start :], first)
+            self._given("k", found.effect_k[:, :, self.start :], first)
         return found.grad_q, found.grad_k, found.grad_v
 
-    def _delta(self, kind: str) -> Tensor:
-        """Corrupted minus clean value, computed once for all chunks of cotangents."""
-        if kind not in self.deltas:
-            self.deltas[kind] = self.corrupted[kind] - self.tape.values[kind].detach()
-        return self.deltas[kind]
-
     def _first_order(self, kind: str, grad: Tensor, first: int) -> None:
-        """Effects delta . grad of a kind under cotangents `first`..., grad (C, *shape of the kind's values)."""
-        delta, backend = self._delta(kind), self.plug.backend
-        grad = grad.to(delta.dtype)
+        """Effects (corrupted - clean) . grad under cotangents `first`..., grad (C, *shape of the kind's values)."""
+        grad, first = self._new(kind, grad, first)
+        if len(grad) == 0:
+            return
+        clean, corrupted = self.tape.values[kind].detach(), self.corrupted[kind]
+        if self.spans is None:
+            self._add(kind, first, grad, (clean, corrupted))
+            return
+        delta, grad = corrupted - clean, grad.to(clean.dtype)
         if kind == "neuron":  # each neuron is a node of its own
             delta, grad = delta[..., None], grad[..., None]
-        if len(grad) == 1 or self.spans is not None:
-            self._reduce(
-                kind, _rows_first(kind, ops.node_effects(delta, grad, backend=backend)), first
-            )
+        effects = ops.node_effects(delta, grad, backend=self.plug.backend)
+        self._add_spans(kind, first, _rows_first(kind, effects), self.spans)
+
+    def _given(self, kind: str, effects: Tensor, first: int) -> None:
+        """Signed effects (C, pairs, positions, width) under cotangents `first`..."""
+        effects, first = self._new(kind, effects, first)
+        if len(effects) == 0:
             return
-        weights = self.scores.weights(kind, self.number, first, len(grad))
-        score = ops.node_effects(delta, grad, weights=weights, backend=backend)
-        effect = ops.node_effects(delta, grad[:1], backend=backend) if first == 0 else None
-        self._add(
-            kind, _rows_first(kind, score), None if effect is None else _rows_first(kind, effect)[0]
+        if self.spans is None:
+            self._add(kind, first, effects)
+        else:
+            self._add_spans(kind, first, effects, self.spans)
+
+    def _new(self, kind: str, grad: Tensor, first: int) -> tuple[Tensor, int]:
+        """What is not yet in the scores, which it is after a try that ran out of memory later on."""
+        known = max(self.added.get(kind, 0) - first, 0)
+        return grad[known:], first + known
+
+    def _add_spans(self, kind: str, first: int, effects: Tensor, spans: Tensor) -> None:
+        live = spans.any(1)[..., None]
+        self._add(kind, first, spans.to(effects.dtype) @ torch.where(live, effects, 0))
+
+    def _add(
+        self, kind: str, first: int, grad: Tensor, values: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.scores.add(
+            kind, self.number, self.place, first, grad, values, backend=self.plug.backend
         )
-
-    def _reduce(self, kind: str, effects: Tensor, first: int) -> None:
-        """Signed effects (C, pairs, positions, width) -> score; the one place where cotangents become a score."""
-        if self.spans is not None:
-            live = self.spans.any(1)[..., None]
-            effects = self.spans.to(effects.dtype) @ torch.where(live, effects, 0)
-        weights = self.scores.weights(kind, self.number, first, len(effects))
-        if len(effects) == 1:
-            score = weights * effects[0].abs()
-        else:
-            score = torch.tensordot(weights, effects.abs(), dims=1)
-        self._add(kind, score, effects[0] if first == 0 else None)
-
-    def _add(self, kind: str, score: Tensor, effect: Tensor | None) -> None:
-        if effect is not None:
-            self.found[kind] = (score, effect)
-        else:
-            before, signed = self.found[kind]
-            self.found[kind] = (before + score, signed)
+        self.added[kind] = first + len(grad)
 
 
 def _rows_first(kind: str, effects: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.attribution.precision import NarrowCotangents
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
 from atp_fast.nodes import ATTENTION_KINDS
@@ -53,25 +54,10 @@ class LayerTape:
 
     def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the layer's output by `wanted`, the attention's output taken as given."""
-        return batched_grad([self.out], wanted, [cotangents])
+        return Adjoint([self.out], wanted)([cotangents])
 
-    def from_attention(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-        """Gradients of q, k, v (with any prefix's keys and values ahead of their own) by the layer's input."""
-        run = self.run
-        assert run.q is not None and run.k is not None and run.v is not None
-        return batched_grad([run.q, run.k, run.v], [self.x], [grad_q, grad_k, grad_v])[0]
-
-
-def batched_grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    """torch.autograd.grad for a leading axis of cotangents, keeping the graph; unused inputs get zeros."""
-
-    def grad(*given: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, given, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-
-    if cotangents[0].shape[0] == 1:  # vmap's dispatch would cost as much as a small layer
-        return [g[None] for g in grad(*(c[0] for c in cotangents))]
-    return list(torch.func.vmap(grad)(*cotangents))
+    def from_attention(self, grads: dict[str, Tensor], ahead: Tensor) -> Tensor:
+        """Gradients of q, k, v at the positions that are run, by the layer's input, added to `ahead`, which may be
+        overwritten."""
+        values = [self.values[kind] for kind in grads]
+        return Adjoint(values, [self.x])(list(grads.values()), [ahead])[0]

@@ -23,11 +23,17 @@ import torch
 from torch import Tensor
 
 from atp_fast.ops.backends import availability, backend_for, load
-from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring
+from atp_fast.ops.reference import (
+    AttentionEffects,
+    AttentionStats,
+    Scoring,
+    accumulation_dtype,
+)
 
 __all__ = [
     "AttentionEffects",
     "AttentionStats",
+    "add_effects",
     "attention",
     "attention_vjp",
     "attention_vjp_effects",
@@ -288,3 +294,94 @@ def node_effects(
         raise ValueError(f"weights must have shape ({grad.shape[0]},), got {tuple(weights.shape)}")
     effects: Tensor = load(backend_for(delta, backend)).node_effects(delta, grad, weights)
     return effects
+
+
+def add_effects(
+    grad: Tensor,
+    *,
+    weights: Tensor,
+    score: Tensor,
+    effect: Tensor | None = None,
+    clean: Tensor | None = None,
+    corrupted: Tensor | None = None,
+    live: Tensor | None = None,
+    first: Tensor | None = None,
+    per_pair: Tensor | None = None,
+    rows: Tensor | None = None,
+    pair_signed: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Add the effects of a batch of pairs to the scores of all pairs, in place.
+
+    I = sum over dim of (corrupted - clean) * grad. score (columns, width) gets the sum over pairs and cotangents of
+    weight * |I|, effect, of the same shape and strides, the sum over pairs of the first cotangent's I, and pair b's row
+    rows[b] of per_pair (pairs, columns, width) what b adds to score, or to effect where pair_signed.
+    grad: (C, batch, positions, width, dim); clean, corrupted: (batch, positions, width, dim), same dtype, or None where
+    grad (dim 1) holds the effects; weights: (C,); live: (batch, positions) bool, where effects count, None for everywhere;
+    first: (batch,) int64, the column of each pair's first position (columns outside the scores are left out), None for
+    0. weights, score, effect and per_pair are float32 (float64 for float64), their last axis contiguous.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    if not isinstance(grad, Tensor) or not isinstance(score, Tensor):
+        raise TypeError("grad and score must be tensors")
+    if grad.dtype not in _DTYPES:
+        raise ValueError(f"grad must be float64, float32, bfloat16 or float16, got {grad.dtype}")
+    if grad.ndim != 5:
+        raise ValueError(
+            f"grad must be (cotangents, batch, positions, width, dim), got shape {tuple(grad.shape)}"
+        )
+    cotangents, batch, positions, width, dim = grad.shape
+    if (clean is None) != (corrupted is None):
+        raise ValueError("clean and corrupted must be given together")
+    if clean is None and dim != 1:
+        raise ValueError(f"grad must have dim 1 where it holds the effects, got {dim}")
+    columns = score.shape[0] if score.ndim else 0
+    if first is None and columns != positions:
+        raise ValueError(
+            f"score must have a column for each of {positions} positions, got {columns}"
+        )
+    if pair_signed and per_pair is not None and effect is None:
+        raise ValueError("effect must be given where per_pair is signed")
+    if (per_pair is None) != (rows is None):
+        raise ValueError("per_pair and rows must be given together")
+    sums = accumulation_dtype(grad)
+    pairs = 0 if per_pair is None else per_pair.shape[0]
+    for name, x, shape, dtype in (
+        ("clean", clean, grad.shape[1:], grad.dtype),
+        ("corrupted", corrupted, grad.shape[1:], grad.dtype),
+        ("weights", weights, (cotangents,), sums),
+        ("score", score, (columns, width), sums),
+        ("effect", effect, (columns, width), sums),
+        ("per_pair", per_pair, (pairs, columns, width), sums),
+        ("live", live, (batch, positions), torch.bool),
+        ("first", first, (batch,), torch.int64),
+        ("rows", rows, (batch,), torch.int64),
+    ):
+        if x is None:
+            continue
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != dtype or x.device != grad.device:
+            raise ValueError(
+                f"{name} must be {dtype} on {grad.device}, got {x.dtype} on {x.device}"
+            )
+    for name, x in (("score", score), ("effect", effect), ("per_pair", per_pair)):
+        if x is not None and x.numel() and x.stride(-1) != 1:
+            raise ValueError(f"{name} must have a contiguous last axis")
+    if effect is not None and effect.stride() != score.stride():
+        raise ValueError(
+            f"effect must have score's strides {score.stride()}, got {effect.stride()}"
+        )
+    load(backend_for(grad, backend)).add_effects(
+        grad,
+        weights.contiguous(),
+        score,
+        effect,
+        clean,
+        corrupted,
+        live,
+        None if first is None else first.contiguous(),
+        per_pair,
+        None if rows is None else rows.contiguous(),
+        pair_signed,
+    )

@@ -220,3 +220,35 @@ def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def add_effects(
+    grad: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    effect: Tensor | None,
+    clean: Tensor | None,
+    corrupted: Tensor | None,
+    live: Tensor | None,
+    first: Tensor | None,
+    per_pair: Tensor | None,
+    rows: Tensor | None,
+    pair_signed: bool,
+) -> None:
+    """Adds first-order effects to the scores of all pairs, in place."""
+    live = None if live is None else live.contiguous()
+    _C.add_effects(
+        (*grad.shape, len(score)),
+        _passed(grad),
+        _NOTHING if clean is None else _passed(clean),
+        _NOTHING if corrupted is None else _passed(corrupted),
+        weights.data_ptr(),
+        _address(live),
+        _address(first),
+        _passed(score),
+        _address(effect),
+        _NOTHING if per_pair is None else _passed(per_pair),
+        _address(rows),
+        pair_signed,
+        torch.get_num_threads(),
+    )

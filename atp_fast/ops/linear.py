@@ -1,4 +1,4 @@
-"""Linear layers by the C++ backend's product, with gradients by the input, also under torch.func.vmap."""
+"""Linear layers by the C++ backend's product, with gradients by the input."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from atp_fast.ops import backends
+from atp_fast.ops.pending import Pending
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def own_products_are_faster() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., depth) @ weight (depth, columns) + bias by the C++ backend, differentiable by x, also under torch.func.vmap.
+    """x (..., depth) @ weight (depth, columns) + bias by the C++ backend, differentiable by x.
 
     float32 on the CPU; weight, one of whose strides is 1, and bias need no gradients. As with torch's functions, a
     TorchFunctionMode sees the call.
@@ -58,27 +59,6 @@ def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, x.flatten(0, -2), weight).reshape(*x.shape[:-1], -1)
 
 
-def linear_product(x: Tensor, weight: Tensor) -> Tensor:
-    """own_product as an operator of torch: vmap over cotangents hands in tensors without addresses."""
-    _operators()
-    return torch.ops.atp_fast.linear_product(x, weight)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _operators() -> torch.library.Library:
-    """Defines the operator, which lives as long as what this returns."""
-    library = torch.library.Library("atp_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define("linear_product(Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
-    library.impl("linear_product", own_product, "CPU")  # type: ignore[no-untyped-call]
-
-    def over_rows(info: Any, dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> Any:
-        assert dims[0] is not None and dims[1] is None
-        return own_product(x.movedim(dims[0], 0), weight), 0
-
-    torch.library.register_vmap("atp_fast::linear_product", over_rows, lib=library)
-    return library
-
-
 class _Linear(torch.autograd.Function):
     """own_product with a backward pass by x."""
 
@@ -89,4 +69,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return linear_product(grad, ctx.weight.t()), None, None
+        return own_product(grad, ctx.weight.t()), None, None
+
+    @staticmethod
+    def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
+        return [Pending.product(grad, ctx.weight.t(), own_product)]

@@ -248,3 +248,36 @@ def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         return effect
     score: Tensor = torch.tensordot(weights.to(effect.dtype), effect.abs(), dims=1)
     return score
+
+
+def add_effects(
+    grad: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    effect: Tensor | None,
+    clean: Tensor | None,
+    corrupted: Tensor | None,
+    live: Tensor | None,
+    first: Tensor | None,
+    per_pair: Tensor | None,
+    rows: Tensor | None,
+    pair_signed: bool,
+) -> None:
+    """I = sum over dim of (corrupted - clean) * grad, or grad itself; adds sum over pairs and C of w |I| to score, the sum
+    over pairs of the first cotangent's I to effect, and each pair's share of one of them to its row of per_pair."""
+    found = wide(grad).sum(-1)
+    if clean is not None and corrupted is not None:
+        found = ((wide(corrupted) - wide(clean)) * wide(grad)).sum(-1)
+    if live is not None:
+        found = torch.where(live[..., None], found, 0)
+    if first is not None:  # gathered: scattering has no fixed order on CUDA
+        source = torch.arange(score.shape[0], device=score.device) - first[:, None]
+        here = ((source >= 0) & (source < found.shape[2]))[..., None]
+        index = source.clamp(0, found.shape[2] - 1)[None, :, :, None]
+        found = torch.where(here, found.take_along_dim(index, 2), 0)
+    magnitude = torch.tensordot(weights, found.abs(), dims=1)
+    score += magnitude.sum(0)
+    if effect is not None:
+        effect += found[:1].sum((0, 1))
+    if per_pair is not None and rows is not None:
+        per_pair[rows] += found[:1].sum(0) if pair_signed else magnitude

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atp_fast.kernels.add_effects import launch_add_effects
 from atp_fast.kernels.attention import Outputs, launch_attention
 from atp_fast.kernels.attention_vjp import launch_attention_vjp
 from atp_fast.kernels.attention_vjp_effects import launch_attention_vjp_effects
@@ -140,3 +141,32 @@ def node_effects(delta: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
     """Sum over C of weight * |I|, or the signed I."""
     effects: Tensor = launch_node_effects(delta, grad, weights)
     return effects
+
+
+def add_effects(
+    grad: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    effect: Tensor | None,
+    clean: Tensor | None,
+    corrupted: Tensor | None,
+    live: Tensor | None,
+    first: Tensor | None,
+    per_pair: Tensor | None,
+    rows: Tensor | None,
+    pair_signed: bool,
+) -> None:
+    """Adds first-order effects to the scores of all pairs, in place."""
+    launch_add_effects(
+        grad,
+        weights,
+        score,
+        effect,
+        clean,
+        corrupted,
+        live,
+        first,
+        per_pair,
+        rows,
+        pair_signed,
+    )

@@ -1,0 +1,302 @@
+"""Vector-Jacobian products of many cotangents at once, by a walk over the graph that autograd recorded.
+
+Every gradient has a leading axis of cotangents. Steps that layers are made of have a rule here; functions of our own bring
+theirs, a static method `cotangents` beside `backward`; any other step is autograd's own, under torch.func.vmap. Sums of
+gradients are formed by the products and kernels themselves where those can add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_fast.ops.pending import Pending
+
+Edge = tuple[Any, int]
+"""A step of the graph and the number of one of its outputs."""
+_Grad = Tensor | Pending | None
+
+
+class Adjoint:
+    """The steps of a graph from some outputs back to some tensors, walked for one set of cotangents after another."""
+
+    def __init__(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+        self._roots = [_edge(x) for x in outputs]
+        self._wanted = [_edge(x) for x in wanted]
+        self._zeros = [(x.shape, x.dtype, x.device) for x in wanted]
+        self._steps = _order([node for node, _ in self._roots], {node for node, _ in self._wanted})
+
+    def __call__(
+        self, cotangents: Sequence[Tensor], ahead: Sequence[Tensor | None] = ()
+    ) -> list[Tensor]:
+        """Gradients of sum(cotangent * output) by `wanted`, (C, *shape) each.
+
+        cotangents: (C, *shape) per output; ahead: what has arrived at the first of `wanted` on other ways. It is added,
+        and may be overwritten.
+        """
+        sums = _Sums()
+        with torch.no_grad():
+            for edge, given in zip(self._roots, cotangents, strict=True):
+                sums.add(edge, given, own=False)
+            for edge, before in zip(self._wanted, ahead, strict=False):
+                if before is not None:
+                    sums.add(edge, before, own=True)
+            wanted = set(self._wanted)
+            found: dict[Edge, Tensor] = {}
+            for node, inner in self._steps:
+                edges = [(node, i) for i in range(_outputs(node))]
+                for edge in edges:
+                    if edge in wanted and sums.has(edge):
+                        found[edge] = sums.kept(edge)
+                if inner:
+                    _step(node, [sums.take(edge) for edge in edges], sums)
+        count = len(cotangents[0])
+        return [
+            found[edge]
+            if edge in found
+            else torch.zeros((count, *shape), dtype=dtype, device=device)
+            for edge, (shape, dtype, device) in zip(self._wanted, self._zeros, strict=True)
+        ]
+
+
+def _edge(x: Tensor) -> Edge:
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def _outputs(node: Any) -> int:
+    return len(node._input_metadata)
+
+
+def _order(roots: Iterable[Any], targets: set[Any]) -> list[tuple[Any, bool]]:
+    """Steps through which gradients of the targets pass, each behind all that feed it; and whether it leads on to another."""
+    leads: dict[Any, bool] = {}  # whether a step reaches a target
+    inner: dict[Any, bool] = {}
+    done: list[Any] = []
+    for root in roots:
+        stack = [(root, False)]
+        while stack:
+            node, finished = stack.pop()
+            if finished:
+                inner[node] = any(leads[n] for n, _ in node.next_functions if n is not None)
+                leads[node] = inner[node] or node in targets
+                if leads[node]:
+                    done.append(node)
+            elif node not in leads:
+                leads[node] = False
+                stack.append((node, True))
+                stack.extend(
+                    (n, False) for n, _ in node.next_functions if n is not None and n not in leads
+                )
+    return [(node, inner[node]) for node in reversed(done)]
+
+
+class _Sums:
+    """Gradients that have arrived at the steps' outputs, and whether their memory is nobody else's."""
+
+    def __init__(self) -> None:
+        self._at: dict[Edge, tuple[Tensor | Pending, bool]] = {}
+
+    def has(self, edge: Edge) -> bool:
+        return edge in self._at
+
+    def add(self, edge: Edge, part: Tensor | Pending, own: bool) -> None:
+        before = self._at.get(edge)
+        if before is None:
+            self._at[edge] = part, own
+            return
+        value, owned = before
+        if isinstance(value, Pending):
+            if isinstance(part, Pending):
+                value, owned = value.alone(), True
+            else:  # the order of two terms does not matter
+                (value, owned), part = (part, own), value
+        if isinstance(part, Pending):
+            self._at[edge] = part.onto(value, owned), True
+        elif owned and value.dtype == part.dtype:
+            self._at[edge] = value.add_(part), True
+        else:
+            self._at[edge] = value + part, True
+
+    def take(self, edge: Edge) -> tuple[_Grad, bool]:
+        return self._at.pop(edge, (None, False))
+
+    def kept(self, edge: Edge) -> Tensor:
+        """The gradient, to be handed out: nothing may write to it from here on."""
+        value, _ = self._at[edge]
+        if isinstance(value, Pending):
+            value = value.alone()
+        self._at[edge] = value, False
+        return value
+
+
+def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
+    """Take the gradients of a step's outputs to its inputs."""
+    if all(grad is None for grad, _ in grads):
+        return
+    targets = node.next_functions
+    rule = _RULES.get(node.name())
+    if rule is not None:
+        grad, own = grads[0]
+        parts = rule(node, grad, own) if len(grads) == 1 else None
+        if parts is not None:
+            for target, (part, mine) in zip(targets, parts, strict=False):
+                if target[0] is not None and part is not None:
+                    sums.add(target, _fitted(part, target), mine)
+            return
+    plain = [g.alone() if isinstance(g, Pending) else g for g, _ in grads]
+    own_rule = getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
+    if own_rule is not None:
+        found = own_rule(node, *plain)
+        for target, part in zip(targets, found, strict=False):
+            if target[0] is not None and part is not None:
+                sums.add(target, part, True)
+        return
+    given = [g for g in plain if g is not None]
+    if node.name() == "SplitBackward0" and len(given) == len(plain):
+        sums.add(targets[0], torch.cat(given, _axis(node._saved_dim, given[0])), True)
+        return
+    for target, part in zip(targets, _by_autograd(node, plain), strict=True):
+        if target[0] is not None and part is not None:
+            sums.add(target, _fitted(part, target), False)
+
+
+def _fitted(part: Tensor | Pending, target: Edge) -> Tensor | Pending:
+    """Summed over the axes along which autograd broadcast, in the dtype of what it is the gradient of."""
+    node, number = target
+    meta = node._input_metadata[number]
+    shape = tuple(meta.shape)
+    if tuple(part.shape[1:]) == shape and part.dtype == meta.dtype:
+        return part
+    if isinstance(part, Pending):
+        part = part.alone()
+    extra = part.ndim - 1 - len(shape)
+    if extra:
+        part = part.sum(tuple(range(1, 1 + extra)))
+    narrow = [i + 1 for i, n in enumerate(shape) if n == 1 and part.shape[i + 1] != 1]
+    if narrow:
+        part = part.sum(narrow, keepdim=True)
+    return part.to(meta.dtype)
+
+
+def _by_autograd(node: Any, grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The step's own backward pass for each cotangent."""
+    present: list[bool] = []
+
+    def backward(*given: Tensor) -> tuple[Tensor, ...]:
+        parts = iter(given)
+        filled = [None if g is None else next(parts) for g in grads]
+        python = hasattr(node, "apply")
+        found = node.apply(*filled) if python else node(*filled)
+        found = list(found) if isinstance(found, (tuple, list)) else [found]
+        if python:  # one result for each argument, where the graph has only the tensors
+            needed = (g for g, need in zip(found, node.needs_input_grad, strict=False) if need)
+            found = [None if n is None else next(needed) for n, _ in node.next_functions]
+        present[:] = [g is not None for g in found]
+        return tuple(g for g in found if g is not None)
+
+    given = [g for g in grads if g is not None]
+    if len(given[0]) == 1:  # vmap's dispatch would cost as much as a small step
+        results = [g[None] for g in backward(*(g[0] for g in given))]
+    else:
+        results = list(torch.func.vmap(backward)(*given))
+    rest = iter(results)
+    return [next(rest) if there else None for there in present]
+
+
+# ---- rules: (step, gradient of its only output, whether that is nobody else's) -> per input (gradient, the same)
+
+_Part = tuple[Tensor | Pending | None, bool]
+_Rule = Callable[[Any, Any, bool], "list[_Part] | None"]
+
+
+def _axis(saved: int, grad: Tensor) -> int:
+    """An axis of the step's output as one of its gradient, which has one more ahead."""
+    if saved >= 2**63:  # a negative number, saved as an unsigned one
+        saved -= 2**64
+    return saved + 1 if saved >= 0 else saved + grad.ndim
+
+
+def _add(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
+    if node._saved_alpha != 1:
+        return None
+    alone = sum(n is not None for n, _ in node.next_functions) == 1
+    if not alone and isinstance(grad, Pending):
+        grad = grad.alone()
+    return [(grad, own and alone)] * 2
+
+
+def _multiply(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    wide = grad.alone() if isinstance(grad, Pending) else grad
+    first, second = (n is not None for n, _ in node.next_functions)
+    return [
+        (wide * node._saved_other if first else None, True),
+        (wide * node._saved_self if second else None, True),
+    ]
+
+
+def _reshape(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    target, number = node.next_functions[0]
+    shape = (grad.shape[0], *target._input_metadata[number].shape)
+    if isinstance(grad, Pending) and grad.shape[-1] == shape[-1]:
+        return [(grad.reshaped(shape), True)]
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    return [(plain.reshape(shape), own)]
+
+
+def _transpose(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    axes = _axis(node._saved_dim0, plain), _axis(node._saved_dim1, plain)
+    return [(plain.transpose(*axes), own)]
+
+
+def _pass(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    return [(grad, own)]
+
+
+def _mm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
+    if node.next_functions[1][0] is not None:
+        return None
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    return [(Pending.product(plain, node._saved_mat2.t()), True)]
+
+
+def _addmm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
+    bias, _, weight = (n for n, _ in node.next_functions)
+    if bias is not None or weight is not None or node._saved_alpha != 1:
+        return None
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    return [(None, True), (Pending.product(plain, node._saved_mat2.t()), True)]
+
+
+def _gelu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    x = node._saved_self.expand_as(plain)
+    approximate = node._saved_approximate
+    return [(torch.ops.aten.gelu_backward(plain, x, approximate=approximate), True)]
+
+
+def _silu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    return [(torch.ops.aten.silu_backward(plain, node._saved_self.expand_as(plain)), True)]
+
+
+_RULES: dict[str, _Rule] = {
+    "AddBackward0": _add,
+    "MulBackward0": _multiply,
+    "ViewBackward0": _reshape,
+    "UnsafeViewBackward0": _reshape,
+    "ReshapeAliasBackward0": _reshape,
+    "UnsqueezeBackward0": _reshape,
+    "TransposeBackward0": _transpose,
+    "CloneBackward0": _pass,
+    "AliasBackward0": _pass,
+    "ToCopyBackward0": _pass,
+    "MmBackward0": _mm,
+    "AddmmBackward0": _addmm,
+    "GeluBackward0": _gelu,
+    "SiluBackward0": _silu,
+}

@@ -1,0 +1,139 @@
+"""How many kernels a sweep starts per layer, counted without a GPU.
+
+Counted are the operations that torch dispatches beneath autograd and vmap, but for views and allocations, and the starts of
+the Triton kernels, which are stubbed: their outputs are zeros. The number per layer is the slope between two depths of a
+tiny bfloat16 model, so that what a call does once does not count. What a start costs is not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from atp_fast import Engine, PromptPairs
+from atp_fast.attribution import sweep as sweeps
+from atp_fast.kernels import launch
+from atp_fast.ops import triton
+
+PHASES = ("forwards", "sweep", "scoring")
+METHODS = ("atp", "atp*")
+_DEPTHS = (3, 5)
+_VOCABULARY = 48
+_COMMON: dict[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA: dict[str, Any] = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
+# heads of 16 columns: what the kernels take as it lies
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "gpt_neox": {**_COMMON, "intermediate_size": 96},
+    "gpt2": _COMMON,
+    "qwen3": {**_LLAMA, "head_dim": 16},
+    "gemma3_text": {**_LLAMA, "head_dim": 16, "sliding_window": 4},
+}
+# what adds to the scores, wherever it is called from
+_SCORING = ((sweeps._Layer, "_first_order"), (sweeps._Layer, "_given"))
+
+
+class Launches(TorchDispatchMode):
+    """Counts of (phase, operation) while it is on; a Triton start is an operation named after its kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.phase = "sweep"
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name
+        if not function.is_view and not any(part in name for part in ("empty", "_unsafe_view")):
+            self.counts[self.phase, name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def started(self, kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        self.counts[self.phase, f"triton::{kernel.__name__}"] += 1
+
+    def during(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose operations count for this phase."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before, self.phase = self.phase, phase
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phase = before
+
+        return wrapped
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, the Triton backend takes CPU tensors and starts nothing, and operations are counted."""
+        empty = torch.empty
+
+        def zeros(*shape: Any, **options: Any) -> Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return empty(*shape, **options).zero_()
+
+        with contextlib.ExitStack() as stack:
+            for patch in (
+                mock.patch.object(triton, "INTERPRETED", True),
+                mock.patch.object(launch, "_start", self.started),
+                mock.patch.object(torch, "empty", zeros),
+                mock.patch.object(sweeps, "run_pairs", self.during("forwards", sweeps.run_pairs)),
+                *(
+                    mock.patch.object(owner, name, self.during("scoring", getattr(owner, name)))
+                    for owner, name in _SCORING
+                ),
+            ):
+                stack.enter_context(patch)
+            stack.enter_context(self)
+            yield
+
+
+def build(family: str, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A tiny random model of FAMILIES in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **FAMILIES[family], num_hidden_layers=layers)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.to(dtype).eval()
+
+
+def counts_of(family: str, method: str, layers: int) -> Counter[tuple[str, str]]:
+    """What one call of `Engine.attribute` starts, two pairs, all kinds of nodes by default, every layer taped."""
+    engine = Engine(build(family, layers, torch.bfloat16), backend="cpp")
+    engine.plug.backend = engine.backend = "triton"
+    ids = torch.arange(24).reshape(4, 6)
+    pairs = PromptPairs(ids[:2], ids[2:], torch.tensor([1, 2]), torch.tensor([3, 4]))
+    launches = Launches()
+    with launches.counting():
+        engine.attribute(pairs, method=method, progress=False)
+    return launches.counts
+
+
+def per_layer(family: str, method: str) -> dict[str, dict[str, float]]:
+    """By phase, the starts of each operation per layer."""
+    few, many = (counts_of(family, method, layers) for layers in _DEPTHS)
+    found: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
+    for phase, name in sorted(few | many):
+        slope = (many[phase, name] - few[phase, name]) / (_DEPTHS[1] - _DEPTHS[0])
+        if slope:
+            found[phase][name] = slope
+    return found
