@@ -72,7 +72,8 @@ LIBRARIES := transformer-lens nnsight
 test-integrations: $(LIBRARIES:%=test-integration-%)
 
 test-integration-%: .venv-%/.atp_fast
-	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../.venv-$*/bin/python -m pytest $(PYTEST_OPTIONS) integrations/test_$(subst -,_,$*).py integrations/test_same_numbers.py
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(PYTEST_OPTIONS) \
+		tests/integrations/test_$(subst -,_,$*).py tests/integrations/test_same_numbers.py
 
 .PRECIOUS: .venv-%/.atp_fast
 .venv-%/.atp_fast: constraints.txt pyproject.toml setup.py | $(BIN)/python

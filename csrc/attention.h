@@ -337,8 +337,8 @@ struct Attention {
             std::copy(z, z + dim, static_cast<R*>(call.wide_z) + at * dim);
             if (!call.logsumexp) continue;
             static_cast<R*>(call.logsumexp)[at] = high + std::log1p(odds);
-            call.top_key[at] = t.top[i];
-            static_cast<R*>(call.loo_logsumexp)[at] = others;
+            if (call.top_key) call.top_key[at] = t.top[i];
+            if (call.loo_logsumexp) static_cast<R*>(call.loo_logsumexp)[at] = others;
         }
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from atp_fast.kernels import (
     attention,
     attention_vjp,
+    attention_z,
     key_patch_effects,
     launch,
     node_effects,
@@ -111,6 +112,10 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
         lambda x, blocks: attention.launch_attention(*x[:3], x.scoring, blocks=blocks) and None,
         attention.CONFIGS,
     ),
+    "attention_z": (
+        lambda x, blocks: attention_z.launch_attention_z(*x[:3], x.scoring, blocks=blocks) and None,
+        attention_z.CONFIGS,
+    ),
     "key_gradients": (_key_gradients, attention_vjp.KEY_CONFIGS),
     "query_gradients": (_query_gradients, attention_vjp.QUERY_CONFIGS),
     "key_effects": (_other_effects, key_patch_effects.CONFIGS),
@@ -126,7 +131,14 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
         },
     ),
 }
-TILED = ("attention", "key_gradients", "query_gradients", "key_effects", "top_effects")
+TILED = (
+    "attention",
+    "attention_z",
+    "key_gradients",
+    "query_gradients",
+    "key_effects",
+    "top_effects",
+)
 TARGETS = ("sm_80", "sm_90", "sm_100")
 # spilling registers and yet, by docs/measured-once.md, 7 to 27 % faster on Hopper than the best that does not
 FASTEST_WITH_SPILLS = {

@@ -1,4 +1,4 @@
-"""Run AtP* on a model folder in this process, offloaded to disk or in memory; print its peak resident bytes.
+"""Run AtP* on a model folder in this process, offloaded to disk or in memory; print its peak resident bytes beyond the libraries'.
 
 python offload_worker.py FOLDER disk|memory OUT.safetensors
 """
@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atp_fast import Engine, PromptPairs
 
 
-def peak_resident_bytes() -> int:
+def resident_bytes(name: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
 folder, where, out = sys.argv[1:]
+libraries = resident_bytes("VmRSS:")
 place: dict[str, object] = {}
 if where == "disk":
     layers = AutoConfig.from_pretrained(folder).num_hidden_layers
@@ -35,4 +36,4 @@ corrupted = torch.randint(5, 1000, (1, 6), generator=generator)
 corrupted[:, :2] = clean[:, :2]
 pairs = PromptPairs(clean, corrupted, torch.tensor([7]), torch.tensor([11]))
 Engine(model).attribute(pairs, progress=False).save(out)
-print(peak_resident_bytes())
+print(resident_bytes("VmHWM:") - libraries)

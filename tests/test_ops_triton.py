@@ -75,8 +75,10 @@ if not triton.INTERPRETED:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
         command += ["-p", "no:xdist", "-k", some]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        root = Path(__file__).parent.parent
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        here = Path(
+            __file__
+        ).parent  # not the sources' folder, where an installed atp_fast would be hidden
+        done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
     def test_it_needs_cuda_tensors() -> None:

@@ -31,6 +31,8 @@ class PairRuns:
     positions), or None where each stands for itself; values: node values of the corrupted run, resid_pre included, moved
     to the positions they stand for, and keys_values: keys and values of the clean run at every position, prefix
     included, both if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
+    statistics: whether attention notes those of the key fix wherever z is compared, in the clean run and in the corrupted one:
+    without them it is another kernel, of other rounding.
     given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
     model's device. Everything is computed in the latter layout: no real position ever sees padding.
     """
@@ -47,6 +49,7 @@ class PairRuns:
     values: list[Values] = field(default_factory=list)
     keys_values: list[Prefix] = field(default_factory=list)
     tapes: dict[int, tuple[LayerTape, Values]] = field(default_factory=dict)
+    statistics: bool = False
 
     @property
     def positions(self) -> int:
@@ -109,12 +112,13 @@ def run_pairs(
     *,
     keep_values: bool = False,
     plan: SweepPlan | None = None,
+    statistics: bool = False,
 ) -> PairRuns:
     """Run pairs, clean and corrupted.
 
     keep_values: leave the corrupted run's values of `kinds` in `values`, and the clean run's keys and values;
     plan: of a sweep; its taped layers leave a tape of the clean run and the corrupted run's values of `kinds` in `tapes`,
-    so that the sweep need not run them again. Other layers run both prompts in one batch.
+    so that the sweep need not run them again. Other layers run both prompts in one batch. statistics: see PairRuns.
     """
     pairs = given.right_padded().to(plug.device)
     clean = filled(pairs.clean_ids, pairs.attention_mask)
@@ -134,7 +138,14 @@ def run_pairs(
         source = pairs.sources(positions)[:, start:]
         source = torch.where(source >= 0, source - start, -1)
     runs = PairRuns(
-        given, pairs, start, arguments, source, prefixes=prefixes, prefix_output=prefix_output
+        given,
+        pairs,
+        start,
+        arguments,
+        source,
+        prefixes=prefixes,
+        prefix_output=prefix_output,
+        statistics=statistics,
     )
     x, y = both[:batch], both[batch:]
     finite = FiniteCheck()
@@ -142,8 +153,7 @@ def run_pairs(
         runs.clean.append(x)
         runs.corrupted.append(y)
         if plan is not None and number >= plan.taped_from:
-            prefix = prefixes[number]
-            tape = LayerTape(plug, number, x, arguments[number], prefix, kinds, plan.precision)
+            tape = taped(plug, runs, number, kinds, plan.precision)
             y, values = corrupted_values(plug, runs, number, kinds)
             x = tape.out.detach()
             runs.tapes[number] = tape, values
@@ -201,6 +211,14 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
     return prefixes, x.expand(batch, -1, -1)
 
 
+def taped(
+    plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str], precision: str | None = None
+) -> LayerTape:
+    """A tape of one layer of the clean run."""
+    x, arguments, prefix = runs.clean[number], runs.arguments[number], runs.prefixes[number]
+    return LayerTape(plug, number, x, arguments, prefix, kinds, precision, runs.statistics)
+
+
 def corrupted_values(
     plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str]
 ) -> tuple[Tensor, Values]:
@@ -211,7 +229,8 @@ def corrupted_values(
     x = runs.corrupted[number]
     values: Values = {"resid_pre": x}
     visit = keeper(values, (*kinds, *ATTENTION_KINDS))
-    run = LayerRun(plug.backend, visit, runs.prefixes[number], tuple(kinds))
+    prefix = runs.prefixes[number]
+    run = LayerRun(plug.backend, visit, prefix, tuple(kinds), statistics=runs.statistics)
     with torch.no_grad():
         out = plug.run_layer(number, x, runs.arguments[number], run)
     return out, runs.aligned(plug, number, values)

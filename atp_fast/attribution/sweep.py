@@ -16,9 +16,14 @@ from torch import Tensor
 
 from atp_fast import ops
 from atp_fast.attribution.memory import SweepPlan
-from atp_fast.attribution.runs import PairRuns, both_logits, corrupted_values, run_pairs
+from atp_fast.attribution.runs import (
+    PairRuns,
+    both_logits,
+    corrupted_values,
+    run_pairs,
+    taped,
+)
 from atp_fast.attribution.scores import Place, Scores
-from atp_fast.attribution.tape import LayerTape
 from atp_fast.hf import Plug
 from atp_fast.metrics import Metric
 from atp_fast.nodes import ATTENTION_KINDS
@@ -41,7 +46,8 @@ def sweep(
     The plan's cotangents per chunk are halved when memory runs out.
     """
     kinds = scores.space.kinds
-    runs = run_pairs(plug, pairs, kinds, plan=plan)
+    fixed = scores.method.qk_fix and bool({"q", "k"} & set(kinds))
+    runs = run_pairs(plug, pairs, kinds, plan=plan, statistics=fixed)
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
     cotangents = cotangent[None]
     live = runs.differs()
@@ -111,8 +117,7 @@ class _Layer:
         self.start, self.prefix = runs.start, runs.prefixes[number]
         kept = runs.tapes.pop(number, None)
         if kept is None:
-            x, arguments = runs.clean[number], runs.arguments[number]
-            tape = LayerTape(plug, number, x, arguments, self.prefix, self.kinds, plan.precision)
+            tape = taped(plug, runs, number, self.kinds, plan.precision)
             kept = tape, corrupted_values(plug, runs, number, self.kinds)[1]
         self.tape, self.corrupted = kept
 

@@ -43,12 +43,16 @@ class LayerTape:
         prefix: Prefix | None,
         kinds: Sequence[str],
         precision: str | None = None,
+        statistics: bool = False,
     ) -> None:
-        """precision: "bf16" to take cotangents through the layer's linear maps in bfloat16."""
+        """precision: "bf16" to take cotangents through the layer's linear maps in bfloat16; statistics: attention notes
+        those of the key fix."""
         self.x = x.detach().requires_grad_()
         self.values: Values = {"resid_pre": self.x}
         visit = keeper(self.values, (*kinds, *ATTENTION_KINDS))
-        self.run = LayerRun(plug.backend, visit, prefix, tuple(kinds), cut=True)
+        self.run = LayerRun(
+            plug.backend, visit, prefix, tuple(kinds), statistics=statistics, cut=True
+        )
         with torch.enable_grad(), NarrowCotangents() if precision == "bf16" else nullcontext():
             self.out = plug.run_layer(number, self.x, arguments, self.run)
 

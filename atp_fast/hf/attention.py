@@ -58,14 +58,15 @@ class Mixture(NamedTuple):
 class LayerRun:
     """One layer's run: what goes in beside its input, and what its attention and experts left behind.
 
-    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped; shape:
-    (batch, positions) of the input, for code that sees its tokens in one row.
+    statistics: those of the key fix are noted; cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k
+    and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row.
     """
 
     backend: str = "auto"
     visit: Visit | None = None
     prefix: Prefix | None = None
     kinds: tuple[str, ...] = ()
+    statistics: bool = False
     cut: bool = False
     stop: bool = False
     q: Tensor | None = None
@@ -93,7 +94,12 @@ class LayerRun:
             self.k, self.v = k, v
             raise Stopped
         z, stats = ops.attention(
-            q.detach(), k.detach(), v.detach(), backend=self.backend, **options._asdict()
+            q.detach(),
+            k.detach(),
+            v.detach(),
+            statistics=self.statistics,
+            backend=self.backend,
+            **options._asdict(),
         )
         if self.cut:
             z = z.detach().requires_grad_()  # a new tensor: stats.z, which may be z, stays plain

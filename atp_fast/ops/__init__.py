@@ -116,9 +116,16 @@ def _check_cotangents(name: str, grad: Tensor, q: Tensor, v: Tensor) -> None:
     _check(name, grad, (grad.shape[0], *q.shape[:3], v.shape[-1]), q)
 
 
-def _check_stats(stats: AttentionStats, q: Tensor, v: Tensor) -> None:
+def _check_stats(stats: AttentionStats, q: Tensor, v: Tensor, complete: bool = True) -> None:
+    """complete: those of the key fix are needed as well."""
     rows, wide = tuple(q.shape[:3]), (*q.shape[:3], v.shape[-1])
     for name, x in zip(AttentionStats._fields, stats, strict=True):
+        if x is None:
+            if complete:
+                raise ValueError(
+                    f"stats.{name} must be there, got None: call attention with statistics=True"
+                )
+            continue
         shape = wide if name in ("z", "loo_z") else rows
         if tuple(x.shape) != shape:
             raise ValueError(f"stats.{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -135,16 +142,19 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
+    statistics: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionStats]:
     """Attention output z_i = sum_j softmax(s_i)_j v_j and the row statistics the other ops reuse.
 
     q: (batch, heads, queries, head_dim); k: (batch, kv_heads, keys, head_dim);
     v: (batch, kv_heads, keys, v_dim). Returns z, (batch, heads, queries, v_dim) in q's dtype, and AttentionStats.
+    statistics: False leaves out those that only the key fix needs (they are None): on a GPU one pass over the keys less, with
+    weights in q's dtype in the product with v.
     Raises ValueError or TypeError naming the argument that does not fit.
     """
     scoring = _check_attention(q, k, v, scale, causal, window, softcap, sinks, key_mask)
-    z, stats = load(backend_for(q, backend)).attention(q, k, v, scoring)
+    z, stats = load(backend_for(q, backend)).attention(q, k, v, scoring, statistics)
     return z, stats
 
 
@@ -169,7 +179,7 @@ def attention_vjp(
     """
     scoring = _check_attention(q, k, v, scale, causal, window, softcap, sinks, key_mask)
     _check_cotangents("grad_z", grad_z, q, v)
-    _check_stats(stats, q, v)
+    _check_stats(stats, q, v, complete=False)
     module = load(backend_for(q, backend))
     grads: tuple[Tensor, Tensor, Tensor] = module.attention_vjp(q, k, v, stats, grad_z, scoring)
     return grads

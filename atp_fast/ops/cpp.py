@@ -31,8 +31,12 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
 def _addresses(stats: AttentionStats) -> tuple[int, int, int, int, int]:
-    z, logsumexp, top_key, loo_logsumexp, loo_z = (x.data_ptr() for x in stats)
+    z, logsumexp, top_key, loo_logsumexp, loo_z = (_address(x) for x in stats)
     return z, logsumexp, top_key, loo_logsumexp, loo_z
 
 
@@ -79,8 +83,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
-    """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, statistics: bool = True
+) -> tuple[Tensor, AttentionStats]:
+    """z = softmax(scores) v, and the row statistics, those of the leave-one-out rule if they are asked for."""
     dtype = accumulation_dtype(q)
     rows, options = q.shape[:3], _Options(scoring, dtype)
     wide_z = torch.empty((*rows, v.shape[3]), dtype=dtype)
@@ -88,9 +94,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor
     stats = AttentionStats(
         wide_z,
         torch.empty(rows, dtype=dtype),
-        torch.empty(rows, dtype=torch.int64),
-        torch.empty(rows, dtype=dtype),
-        torch.empty(wide_z.shape, dtype=dtype),
+        torch.empty(rows, dtype=torch.int64) if statistics else None,
+        torch.empty(rows, dtype=dtype) if statistics else None,
+        torch.empty(wide_z.shape, dtype=dtype) if statistics else None,
     )
     _C.attention(
         _sizes(q, k, v),
@@ -120,10 +126,11 @@ def _backward(
     dtype = accumulation_dtype(q)
     options, cotangents = _Options(scoring, dtype), grad_z.shape[0]
     stats = AttentionStats(
-        *(
-            x.to(torch.int64 if name == "top_key" else dtype).contiguous()
-            for name, x in stats._asdict().items()
-        )
+        stats.z.to(dtype).contiguous(),
+        stats.logsumexp.to(dtype).contiguous(),
+        _contiguous(stats.top_key, torch.int64),
+        _contiguous(stats.loo_logsumexp, dtype),
+        _contiguous(stats.loo_z, dtype),
     )
     grad_q, grad_k, grad_v = (
         torch.empty((cotangents, *x.shape) if gradients else (0,), dtype=q.dtype) for x in (q, k, v)
@@ -165,7 +172,7 @@ def query_patch_effects(
     q: Tensor, k: Tensor, v: Tensor, q_corrupted: Tensor, grad_z: Tensor, scoring: Scoring
 ) -> Tensor:
     """I_Q(i) = g_i . (z'_i - z_i), signed, (C, batch, queries, heads); z' serves every cotangent."""
-    z, z_corrupted = (attention(x, k, v, scoring)[1].z for x in (q, q_corrupted))
+    z, z_corrupted = (attention(x, k, v, scoring, False)[1].z for x in (q, q_corrupted))
     return _patched_query_effects(grad_z, z_corrupted, z)
 
 
@@ -193,7 +200,7 @@ def attention_vjp_effects(
     scoring: Scoring,
 ) -> AttentionEffects:
     """attention_vjp, query_patch_effects and key_patch_effects of the same inputs together."""
-    z_corrupted = attention(q_corrupted, k, v, scoring)[1].z
+    z_corrupted = attention(q_corrupted, k, v, scoring, False)[1].z
     effect_q = _patched_query_effects(grad_z, z_corrupted, stats.z)
     grad_q, grad_k, grad_v, effect_k = _backward(
         q, k, v, k_corrupted, stats, grad_z, scoring, gradients=True

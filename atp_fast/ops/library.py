@@ -35,7 +35,8 @@ _SCHEMAS = {
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    return tuple(ops.attention(q, k, v, **options)[1])
+    stats = ops.attention(q, k, v, **options)[1]
+    return stats.z, stats.logsumexp, *stats.leave_one_out()
 
 
 def _attention_vjp(

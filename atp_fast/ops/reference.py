@@ -22,13 +22,20 @@ class AttentionStats(NamedTuple):
     top_key: the key with the largest logit, int64, -1 where no key is admissible;
     loo_logsumexp: logsumexp over everything but top_key (other keys, sink), -inf where nothing else is;
     loo_z: mean of v over everything but top_key (a sink has value 0), 0 where nothing else is.
+    The last three, which only the key fix needs, are None where they were not asked for.
     """
 
     z: Tensor
     logsumexp: Tensor
-    top_key: Tensor
-    loo_logsumexp: Tensor
-    loo_z: Tensor
+    top_key: Tensor | None
+    loo_logsumexp: Tensor | None
+    loo_z: Tensor | None
+
+    def leave_one_out(self) -> tuple[Tensor, Tensor, Tensor]:
+        """top_key, loo_logsumexp and loo_z, which must be there."""
+        assert self.top_key is not None
+        assert self.loo_logsumexp is not None and self.loo_z is not None
+        return self.top_key, self.loo_logsumexp, self.loo_z
 
 
 class AttentionEffects(NamedTuple):
@@ -121,12 +128,16 @@ def softmax_and_logsumexp(scores: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]
     return torch.exp(scores - finite[..., None]), lse
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
-    """z = softmax(scores) v, and the row statistics of the leave-one-out rule."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, statistics: bool = True
+) -> tuple[Tensor, AttentionStats]:
+    """z = softmax(scores) v, and the row statistics, those of the leave-one-out rule if they are asked for."""
     values = wide(grouped(v, q.shape[1]))
     scores, sink = logits(q, k, scoring), sink_logits(q, scoring)
     probs, lse = softmax_and_logsumexp(scores, sink)
     z = probs @ values
+    if not statistics:
+        return z.to(q.dtype), AttentionStats(z, lse, None, None, None)
     if scores.shape[-1] == 0:
         top = torch.full(lse.shape, -1, dtype=torch.int64, device=q.device)
         return z.to(q.dtype), AttentionStats(z, lse, top, sink[..., 0].clone(), torch.zeros_like(z))
@@ -210,15 +221,16 @@ def key_patch_effects(
     # every key as if it were not the largest: weight (a' - a)/(1 - a), r against the row's mean
     others = torch.where(allowed, s - lse - torch.log1p(-a.clamp(max=0.75)), 0)
     weight = sigmoid_difference(others, change) / (1 - a.clamp(max=0.75))
+    top_key, loo_logsumexp, loo_z = stats.leave_one_out()
     is_top = torch.zeros_like(a, dtype=torch.bool)
-    is_top.scatter_(-1, stats.top_key.clamp(min=0)[..., None], (stats.top_key >= 0)[..., None])
-    from_largest = torch.where(is_top, s - stats.loo_logsumexp[..., None], 0)
+    is_top.scatter_(-1, top_key.clamp(min=0)[..., None], (top_key >= 0)[..., None])
+    from_largest = torch.where(is_top, s - loo_logsumexp[..., None], 0)
     weight = torch.where(is_top, sigmoid_difference(from_largest, change), weight)
     weight = weight.masked_fill(~allowed, 0)
 
     r = g @ wide(grouped(v, heads)).transpose(-1, -2)
     mean = (g * stats.z).sum(-1, keepdim=True)
-    loo_mean = (g * stats.loo_z).sum(-1, keepdim=True)
+    loo_mean = (g * loo_z).sum(-1, keepdim=True)
     effect = (weight * (r - torch.where(is_top, loo_mean, mean))).sum(-2)
     return ungrouped(effect, kv_heads, 2).transpose(-1, -2)
 

@@ -13,6 +13,7 @@ from atp_fast.kernels.add_effects import launch_add_effects
 from atp_fast.kernels.attention import Outputs, launch_attention
 from atp_fast.kernels.attention_vjp import launch_attention_vjp
 from atp_fast.kernels.attention_vjp_effects import launch_attention_vjp_effects
+from atp_fast.kernels.attention_z import launch_attention_z
 from atp_fast.kernels.key_patch_effects import launch_key_patch_effects
 from atp_fast.kernels.launch import INTERPRETED as INTERPRETED
 from atp_fast.kernels.launch import Scoring as KernelScoring
@@ -44,11 +45,19 @@ def _aligned(x: Tensor, width: int) -> Tensor:
 
 def _outputs(stats: AttentionStats, width: int) -> Outputs:
     """The statistics as the kernels read them: float32 (top_key int64), contiguous, vectors of `width` columns."""
-    z, loo_z = (_aligned(x.to(torch.float32), width).contiguous() for x in (stats.z, stats.loo_z))
-    logsumexp, loo_logsumexp = (
-        x.to(torch.float32).contiguous() for x in (stats.logsumexp, stats.loo_logsumexp)
+    top_key, loo_logsumexp, loo_z = stats.leave_one_out()
+    return Outputs(
+        *_mean_and_norm(stats, width),
+        top_key.to(torch.int64).contiguous(),
+        loo_logsumexp.to(torch.float32).contiguous(),
+        _aligned(loo_z.to(torch.float32), width).contiguous(),
     )
-    return Outputs(z, logsumexp, stats.top_key.to(torch.int64).contiguous(), loo_logsumexp, loo_z)
+
+
+def _mean_and_norm(stats: AttentionStats, width: int) -> tuple[Tensor, Tensor]:
+    """z and logsumexp, all that the gradients need of the statistics."""
+    z, logsumexp = (x.to(torch.float32) for x in stats[:2])
+    return _aligned(z, width).contiguous(), logsumexp.contiguous()
 
 
 def _columns(x: Tensor, like: Tensor) -> Tensor:
@@ -56,10 +65,17 @@ def _columns(x: Tensor, like: Tensor) -> Tensor:
     return x[..., : like.shape[-1]]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
-    """z in q's dtype and the row statistics."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, statistics: bool = True
+) -> tuple[Tensor, AttentionStats]:
+    """z in q's dtype and the row statistics, those of the leave-one-out rule if they are asked for."""
     width = _width(q, v)
-    out = launch_attention(*(_aligned(x, width) for x in (q, k, v)), KernelScoring(*scoring))
+    aligned = tuple(_aligned(x, width) for x in (q, k, v))
+    if not statistics:
+        wide_z, logsumexp = launch_attention_z(*aligned, KernelScoring(*scoring))
+        wide_z = _columns(wide_z, v)
+        return wide_z.to(q.dtype), AttentionStats(wide_z, logsumexp, None, None, None)
+    out = launch_attention(*aligned, KernelScoring(*scoring))
     stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
     return stats.z.to(q.dtype), stats
 
@@ -69,11 +85,9 @@ def attention_vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q, grad_k, grad_v) of every cotangent."""
     width = _width(q, v)
-    rows = _outputs(stats, width)
     grad_q, grad_k, grad_v = launch_attention_vjp(
         *(_aligned(x, width) for x in (q, k, v)),
-        rows.z,
-        rows.logsumexp,
+        *_mean_and_norm(stats, width),
         _aligned(grad_z, width),
         KernelScoring(*scoring),
     )
