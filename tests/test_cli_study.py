@@ -383,7 +383,7 @@ def test_study_command_goes_on_where_it_was(tmp_path):
         "--out", tmp_path,
     ]  # fmt: skip
     stdout, _ = run(*options)
-    for name in ("results.csv", "bounds.csv", "summary.md", "curves.html", "curves.png"):
+    for name in ("results.csv", "bounds.csv", "summary.md", "curves.html"):
         assert f"wrote {tmp_path / name}" in stdout
     assert (tmp_path / "summary.md").read_text().startswith(f"# Method study on {LLAMA}\n")
     first = (tmp_path / "results.csv").read_text()
