@@ -384,7 +384,7 @@ def test_prompts_are_kept_with_the_result(tmp_path, direction, lead):
     assert Attribution.load(tmp_path / "run").prompts == found.prompts
     words = page_of(found, tmp_path / "page.html").texts
     other = "corrupted" if direction == "noising" else "clean"
-    assert any(f"the {other} prompt, whose values" in text for text in words)
+    assert any(f"the {other} prompt, whose values are" in text for text in words)
 
 
 def test_no_more_prompts_are_kept_than_are_needed():

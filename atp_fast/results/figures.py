@@ -22,7 +22,13 @@ _LONGEST = 40
 
 
 def _template(
-    text: str, soft: str, grid: str, diverging: list[str], sequential: list[str], lines: list[str]
+    text: str,
+    soft: str,
+    grid: str,
+    back: str,
+    diverging: list[str],
+    sequential: list[str],
+    lines: list[str],
 ) -> dict[str, Any]:
     def scale(colours: list[str]) -> list[list[Any]]:
         return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
@@ -31,8 +37,8 @@ def _template(
     return {
         "layout": {
             "font": {"color": text, "family": "system-ui, sans-serif"},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
+            "paper_bgcolor": back,
+            "plot_bgcolor": back,
             "xaxis": axis,
             "yaxis": axis,
             "colorscale": {"diverging": scale(diverging), "sequential": scale(sequential)},
@@ -46,6 +52,7 @@ LIGHT = _template(
     "#1c1d21",
     "#8a8c96",
     "#dcdde3",
+    "#ffffff",
     ["#67001f", "#d6604d", "#f7f7f7", "#4393c3", "#053061"],
     ["#f7fbff", "#9ecae1", "#3182bd", "#08306b"],
     "#0072b2 #d55e00 #009e73 #cc79a7 #997700 #56b4e9 #7a5195 #555555".split(),
@@ -56,10 +63,20 @@ DARK = _template(
     "#e7e7ea",
     "#85878f",
     "#3a3b42",
+    "#17181b",
     ["#ff9d8a", "#b3402f", "#1d1e22", "#2c6fa8", "#9ccbff"],
     ["#1d1e22", "#1f4e79", "#3f8fd0", "#cfe6ff"],
     "#56b4e9 #ff9b5e #3fcf9f #f0a6cf #f0e442 #8fd3ff #c8a2f0 #bbbbbb".split(),
 )
+
+
+OPTIONS = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "toImageButtonOptions": {"format": "svg"},
+}
+"""Of a figure on a page: no button that would upload it; its picture is an SVG."""
 
 
 def heatmap(

@@ -10,7 +10,7 @@ from typing import Any
 
 from atp_fast.extras import require
 from atp_fast.files import write_csv, write_text, written_whole
-from atp_fast.results.figures import LIGHT, BrowserError, plain, save_figure
+from atp_fast.results.figures import LIGHT, OPTIONS, BrowserError, plain, save_figure
 from atp_fast.study.runs import MARKS, Study
 
 CONVENTION = (
@@ -61,7 +61,7 @@ def write_study(
     paths.append(folder / "curves.html")
     figure = recall_curves(study, title)
     with written_whole(paths[-1]) as temporary:
-        figure.write_html(temporary, include_plotlyjs=True)
+        figure.write_html(temporary, include_plotlyjs=True, config=OPTIONS)
     with contextlib.suppress(BrowserError):
         save_figure(figure, folder / "curves.png", width=1400)
         paths.append(folder / "curves.png")

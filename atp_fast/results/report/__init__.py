@@ -13,7 +13,7 @@ from typing import Any
 from atp_fast.extras import require
 from atp_fast.files import write_text
 from atp_fast.patching.diagnostics import MissedBound
-from atp_fast.results.figures import DARK, LIGHT
+from atp_fast.results.figures import DARK, LIGHT, OPTIONS
 from atp_fast.results.patch_effects import PatchEffects
 from atp_fast.results.report.charts import heat_maps
 from atp_fast.results.report.checks import bounded, checked
@@ -39,6 +39,7 @@ def write_report(
         figures["scatter"] = agreement.scatter()
     data = {
         "templates": {"light": LIGHT, "dark": DARK},
+        "options": OPTIONS,
         "columns": maps.columns,
         "figures": {name: _without_template(figure) for name, figure in figures.items()},
         "tips": prompts.tips,

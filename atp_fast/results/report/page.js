@@ -120,8 +120,7 @@ function draw(id, name, label) {
   if (id === "by-position") traces[0].x = data.columns;
   layout.template = data.templates[dark.matches ? "dark" : "light"];
   element.ariaLabel = label;
-  const options = {displaylogo: false, responsive: true, toImageButtonOptions: {format: "svg"}};
-  Plotly.react(element, traces, layout, options);
+  Plotly.react(element, traces, layout, data.options);
 }
 
 function drawAll() {
