@@ -580,3 +580,20 @@ def test_figures_as_files_name_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs kaleido: pip install 'atp_fast\[reports\]'"):
         save_figure(figure, tmp_path / "a.svg")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_documented_way(tmp_path, monkeypatch):
+    """docs/report.md's example on a tiny model, whose figures go to files only where a browser draws them."""
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr("atp_fast.results.save_figure", lambda *args, **_: drawn.append(args))
+    exec(compile(example.replace("smollm2-135m", LLAMA), "report.md", "exec"), {})
+    assert os.listdir(tmp_path) == ["report.html"]
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.rows["bound"]) == 4 and "scatter" in page.data["figures"]
+    assert [(name, figure.data[0].type) for figure, name in drawn] == [
+        ("z.svg", "heatmap"),
+        ("scatter.png", "scatter"),
+    ]
