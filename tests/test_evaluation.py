@@ -433,6 +433,8 @@ def test_curves_are_the_table_s_as_far_as_costs_are_known(tmp_path):
     axes = {"x": "one", "x2": "two"}
     shown = {(axes[t.xaxis], t.name): list(zip(t.x, t.y, strict=True)) for t in figure.data}
     assert shown == wanted
+    whole = {(axes[t.xaxis], t.name) for t in recall_curves(study, title, recalls=[1.0]).data}
+    assert whole == {place for place in wanted if "%" not in place[1]}
 
 
 def test_bad_input(tmp_path):

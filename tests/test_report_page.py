@@ -367,4 +367,4 @@ def test_curves_are_drawn_where_a_browser_is(tmp_path: Path) -> None:
     study = run_study([FakeCase("one")], tmp_path, PLAN)
     assert write_study(study, tmp_path)[-1] == tmp_path / "curves.png"
     drawn = (tmp_path / "curves.png").read_bytes()
-    assert drawn.startswith(b"\x89PNG") and struct.unpack(">II", drawn[16:24]) == (2800, 900)
+    assert drawn.startswith(b"\x89PNG") and struct.unpack(">II", drawn[16:24]) == (1400, 450)

@@ -63,7 +63,8 @@ def write_study(
     with written_whole(paths[-1]) as temporary:
         figure.write_html(temporary, include_plotlyjs=True, config=OPTIONS)
     with contextlib.suppress(BrowserError):
-        save_figure(figure, folder / "curves.png", width=1400)
+        drawn = recall_curves(study, title, recalls=[1.0])
+        save_figure(drawn, folder / "curves.png", width=1400, scale=1)
         paths.append(folder / "curves.png")
     return paths
 
@@ -179,10 +180,10 @@ def _levels(rows: Iterable[Mapping[str, Any]]) -> list[float]:
     return list(dict.fromkeys(row["confidence"] for row in rows))
 
 
-def recall_curves(study: Study, title: str) -> Any:
-    """plotly figure: per case, cost of verified recall against K on logarithmic axes; 90 % recall on a click in the legend.
+def recall_curves(study: Study, title: str, recalls: Sequence[float] | None = None) -> Any:
+    """plotly figure: per case, cost of verified recall against K on logarithmic axes, in forward-pass equivalents.
 
-    save_figure writes it as SVG or PNG.
+    recalls: those drawn, all that the study has when None; those below 1 are dashed, and hidden until the legend is clicked.
     """
     go = require("plotly.graph_objects", "the recall curves")
     make_subplots = require("plotly.subplots", "the recall curves").make_subplots
@@ -190,16 +191,19 @@ def recall_curves(study: Study, title: str) -> Any:
     columns = min(2, max(1, len(found)))
     rows = max(1, math.ceil(len(found) / columns))
     names = [plain(f"{task}, {family}") for task, family in found]
-    figure = make_subplots(rows, columns, subplot_titles=names)
+    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.25 / rows)
     shown: set[str] = set()
     for number, case in enumerate(found):
         place = {"row": number // columns + 1, "col": number % columns + 1}
         for method, recall, k, cost in _lines(study, case):
+            if recalls is not None and recall not in recalls:
+                continue
             name = method if recall == 1.0 else f"{method}, {100 * recall:g} %"
             figure.add_trace(
                 go.Scatter(
                     x=k,
                     y=cost,
+                    mode="lines",
                     name=name,
                     legendgroup=name,
                     showlegend=name not in shown,
@@ -209,8 +213,9 @@ def recall_curves(study: Study, title: str) -> Any:
                 **place,
             )
             shown.add(name)
-    figure.update_xaxes(type="log", title="K")
-    figure.update_yaxes(type="log", title="forward-pass equivalents")
+    decades = dict(type="log", dtick=1, exponentformat="none", separatethousands=True)
+    figure.update_xaxes(title="K", **decades)
+    figure.update_yaxes(title="cost until the top K are verified", **decades)
     figure.update_layout(title=plain(title), height=450 * rows, template=LIGHT)
     return figure
 
