@@ -392,7 +392,8 @@ def test_chained_verbs_give_the_numbers_of_the_engine(tmp_path: Path, chain: Cha
         assert torch.equal(saved.contribution[kind], found.contribution[kind])
         assert torch.equal(saved.effect[kind], found.effect[kind])
     assert saved.tokens == found.tokens
-    clean, corrupted = float(found.clean_value.mean()), float(found.corrupted_value.mean())
+    values = [float(found.clean_value.mean()), float(found.corrupted_value.mean())]
+    clean, corrupted = values if chain.direction == "noising" else values[::-1]
     assert abs(clean - corrupted) > 0.01
     said = " ".join(out.split())
     assert f"{chain.metric} {clean:.4f} clean, {corrupted:.4f} corrupted" in said

@@ -361,6 +361,12 @@ def test_spans_have_names_in_place_of_positions(tmp_path):
     assert page.data["figures"]["position z effect"]["layout"]["xaxis"]["title"]["text"] == "span"
 
 
+def logit_difference(model, pairs, ids):
+    with torch.no_grad():
+        logits = model(ids[:, pairs.starts[0] :]).logits[0, -1]
+    return logits[pairs.answer_ids[0]] - logits[pairs.wrong_answer_ids[0]]
+
+
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 @pytest.mark.parametrize("lead", [0, 2])
 def test_prompts_are_kept_with_the_result(tmp_path, direction, lead):
@@ -383,6 +389,10 @@ def test_prompts_are_kept_with_the_result(tmp_path, direction, lead):
     found.save(tmp_path / "run")
     assert Attribution.load(tmp_path / "run").prompts == found.prompts
     words = page_of(found, tmp_path / "page.html").texts
+    said = re.search("metric is (.*) on the clean and (.*) on the corrupted", " ".join(words))
+    wanted = [float(logit_difference(model, pairs, x)) for x in (clean, corrupted)]
+    assert [float(x) for x in said.groups()] == pytest.approx(wanted, rel=1e-3)
+    assert wanted[0] > 1 + wanted[1]
     other = "corrupted" if direction == "noising" else "clean"
     assert any(f"the {other} prompt, whose values are" in text for text in words)
 

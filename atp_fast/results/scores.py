@@ -60,7 +60,8 @@ class NodeScores:
     pairs that have a real token at the position;
     space: the nodes; counts: pairs with a real token at each position, (positions,); where it is 0 there is no node;
     tokens: the text of each position, "·" where pairs differ, or None; prompts: the first pairs in words, or None;
-    clean_value, corrupted_value: the metric on both runs, (pairs,);
+    clean_value, corrupted_value: the metric on the prompts that are run and on those whose values are patched in,
+    (pairs,); for denoising the first are the corrupted prompts;
     metadata: whatever else a reader should know (versions, date, seconds), strings only.
     The tables lie on the device of the model that was run, everything else on the CPU.
     Raises ValueError if shapes or kinds do not fit the space.
@@ -125,6 +126,12 @@ class NodeScores:
         return sum(
             self.space.layers * live * self.space.widths[kind] for kind in self._kinds(kinds)
         )
+
+    @property
+    def metric_means(self) -> tuple[float, float]:
+        """Means over pairs of the metric on the clean and on the corrupted prompts, whichever are run."""
+        run, other = (float(x.double().mean()) for x in (self.clean_value, self.corrupted_value))
+        return (run, other) if self.direction == "noising" else (other, run)
 
     @property
     def axis(self) -> str:

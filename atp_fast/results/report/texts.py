@@ -59,9 +59,7 @@ class NodeRow(NamedTuple):
 def question(found: NodeScores) -> str:
     """What was asked."""
     pairs = len(found.clean_value)
-    clean, corrupted = (
-        float(x.double().mean()) for x in (found.clean_value, found.corrupted_value)
-    )
+    clean, corrupted = found.metric_means
     return (
         f"{len(found):,} nodes ({', '.join(found.space.kinds)}) on {pairs} pair{'s' * (pairs != 1)} of prompts, "
         f"{found.direction}; {sign_text(found.direction)}. The metric is {clean:.5g} on the clean and "
@@ -145,7 +143,7 @@ def _pieces(
         if column < 0:
             pieces.append(Piece(text, column, 0.0, ""))
             continue
-        name = names[column] if names and names[column] != text else ""
+        name = names[column] if names and names[column] != text.strip() else ""
         pieces.append(Piece(text, column, shares[column], name))
     return pieces
 
