@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,6 +31,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 TOKENS = ["<b>bold</b>", ' "quoted"', " שלום", HOSTILE]
 OTHER = ["<b>bold</b>", " 'quoted'", " עולם", HOSTILE]
@@ -78,10 +80,23 @@ def opened(browser: Any, page: Path) -> Iterator[Any]:
     scheme(browser, "light")
     for log in ("browser", "performance"):
         browser.get_log(log)
-    browser.get(page.as_uri())
+    load(browser, page)
     yield browser
     assert browser.get_log("browser") == []
     assert requests(browser) <= {page.as_uri()}
+
+
+def load(browser: Any, page: Path) -> None:
+    """Open a page, and wait until its script has run to its end, where figures are drawn."""
+    browser.get(page.as_uri())
+    drawn = """return [...document.querySelectorAll(".figure")].every(
+        figure => figure.hidden || figure.querySelector(".main-svg"))"""
+    until(browser, lambda: browser.execute_script(drawn))
+
+
+def until(browser: Any, check: Callable[[], Any]) -> Any:
+    """What check gives once it is true."""
+    return WebDriverWait(browser, 20, 0.05).until(lambda _: check())
 
 
 def requests(browser: Any) -> set[str]:
@@ -259,7 +274,7 @@ def test_arrows_follow_the_direction_of_the_text(browser: Any, tmp_path: Path) -
     attribution(tokens=words, prompts=[Prompt(words, places, [], [])]).report(
         tmp_path / "page.html"
     )
-    browser.get((tmp_path / "page.html").as_uri())
+    load(browser, tmp_path / "page.html")
     tokens = find(browser, ".prompt .token")
     assert tokens[0].rect["x"] > tokens[1].rect["x"]
     focused(browser).send_keys(Keys.TAB)
@@ -297,7 +312,8 @@ def test_a_cell_of_a_map_says_its_token(opened: Any, run: Any) -> None:
     opened.execute_script("arguments[0].scrollIntoView()", box)
     shift = box.size["width"] / 8  # from the middle into the third of four columns
     ActionChains(opened).move_to_element_with_offset(box, int(shift), 5).perform()
-    text = find(opened, "#by-position .hovertext")[0].text
+    (hover,) = until(opened, lambda: find(opened, "#by-position .hovertext"))
+    text = hover.text
     said = re.fullmatch(r"layer ([01]), position 2  שלום: (.*)", text)
     effect = float(run.totals("q", by="effect", over="position")[int(said[1]), 2])
     assert float(said[2].replace("−", "-")) == pytest.approx(effect, rel=1e-3)
@@ -315,10 +331,10 @@ def test_dark_and_light(opened: Any) -> None:
 
     light = look()
     scheme(opened, "dark")
+    until(opened, lambda: all(map(operator.ne, light, look())))
     dark = look()
-    assert all(one != other for one, other in zip(light, dark, strict=True))
     scheme(opened, "light")
-    assert look() == light
+    until(opened, lambda: look() == light)
     for back, text, axis in ((*light[:2], light[3]), (*dark[:2], dark[3])):
         assert contrast(back, text) > 7 and contrast(back, axis) > 7
 
