@@ -259,6 +259,10 @@ def test_the_keyboard_walks_along_a_prompt(opened: Any, run: Any) -> None:
         assert focused(opened) == tokens[here]
         assert tip.is_displayed() and tip.text.split("\n") == tip_of(run, here)
         assert tokens[here].get_attribute("aria-describedby") == "tip"
+    at = tip.rect["y"]
+    opened.execute_script("scrollBy(0, 40)")
+    until(opened, lambda: tip.rect["y"] == at)  # in the page: it follows its token
+    assert opened.execute_script("return scrollY") == 40 and tip.is_displayed()
     focused(opened).send_keys(Keys.ESCAPE)
     assert not tip.is_displayed() and not find(opened, "[aria-describedby=tip]")
     focused(opened).send_keys(Keys.ENTER)

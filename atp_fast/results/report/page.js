@@ -15,9 +15,11 @@ function showTip(token) {
   tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 8))}px`;
 }
 
+const described = () => document.querySelector("[aria-describedby=tip]");
+
 function hideTip() {
   tip.hidden = true;
-  document.querySelector("[aria-describedby=tip]")?.removeAttribute("aria-describedby");
+  described()?.removeAttribute("aria-describedby");
 }
 
 // Each prompt is one stop of the tab key; arrows walk along its tokens, in the direction it is written in.
@@ -58,7 +60,7 @@ if (prompts) {
   prompts.addEventListener("mouseleave", hideTip);
   prompts.addEventListener("focusout", hideTip);
   prompts.addEventListener("keydown", walk);
-  addEventListener("scroll", hideTip, {passive: true});
+  addEventListener("scroll", () => described() && showTip(described()), {passive: true});
   addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -113,17 +114,8 @@ def _prompts(found: NodeScores) -> list[Prompt]:
 
 
 def _shown(found: NodeScores, prompt: Prompt, shares: list[float], skipped: int) -> ShownPrompt:
-    own, other = (
-        {
-            column: [token for _, token in group]
-            for column, group in groupby(zip(columns, tokens, strict=True), lambda x: x[0])
-            if column >= 0
-        }
-        for columns, tokens in (
-            (prompt.columns, prompt.tokens),
-            (prompt.other_columns, prompt.other_tokens),
-        )
-    )
+    own = dict(_grouped(prompt.tokens, prompt.columns))
+    other = dict(_grouped(prompt.other_tokens, prompt.other_columns))
     differs = [float(own.get(i) != other.get(i)) for i in range(found.space.positions)]
     kept = len(prompt.tokens) - skipped
     return ShownPrompt(
@@ -133,18 +125,24 @@ def _shown(found: NodeScores, prompt: Prompt, shares: list[float], skipped: int)
     )
 
 
+def _grouped(tokens: list[str], columns: list[int]) -> list[tuple[int, list[str]]]:
+    """Neighbours of one column together: the tokens of a span, or one token each."""
+    pairs = zip(columns, tokens, strict=True)
+    return [
+        (column, [token for _, token in group]) for column, group in groupby(pairs, itemgetter(0))
+    ]
+
+
 def _pieces(
     found: NodeScores, tokens: list[str], columns: list[int], shares: list[float]
 ) -> list[Piece]:
     names = found.tokens if found.axis == "span" else None
     pieces = []
-    for column, group in groupby(zip(columns, tokens, strict=True), lambda x: x[0]):
-        text = "".join(visible(token) for _, token in group)
-        if column < 0:
-            pieces.append(Piece(text, column, 0.0, ""))
-            continue
-        name = names[column] if names and names[column] != text.strip() else ""
-        pieces.append(Piece(text, column, shares[column], name))
+    for column, group in _grouped(tokens, columns):
+        text = "".join(map(visible, group))
+        scored = column >= 0
+        name = names[column] if scored and names and names[column] != text.strip() else ""
+        pieces.append(Piece(text, column, shares[column] if scored else 0.0, name))
     return pieces
 
 
