@@ -376,7 +376,8 @@ def test_verify_some_kinds(finished_run, tmp_path):
     assert [node.kind for node in nodes] == ["k"] * 5
 
 
-def test_study_command_goes_on_where_it_was(tmp_path):
+def test_study_command_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))  # the picture has a test of its own
     options = [
         "study", "--model", LLAMA, "--tasks", "ioi_pair,ioi:2", "--seeds", 1, "--top", 20,
         "--verified", 5, "--forwards", 100, "--probability", 0.1, "--metric", "logit_diff",
