@@ -114,7 +114,7 @@ study: build model
 study-quick: build model
 	$(BIN)/python bench/study.py --quick
 
-# Plants faults one at a time and says which the tests catch: twenty minutes on two cores.
+# Plants faults one at a time and says which the tests catch: half an hour on two cores.
 mutants: build model
 	$(BIN)/python tests/mutants.py
 

@@ -30,6 +30,7 @@ from atp_fast.patching.subsets import NodePatcher, moving_ids
 from atp_fast.prompts.directions import Direction, directed
 from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution, PatchEffects
+from atp_fast.results.prompts import kept_prompts
 
 
 class Engine:
@@ -120,6 +121,7 @@ class Engine:
             space=space,
             counts=counts,
             tokens=run_pairs.column_tokens(),
+            prompts=kept_prompts(run_pairs),
             method=method,
             metric=measure.name,
             direction=direction,
@@ -313,7 +315,8 @@ class Engine:
 
     def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
         parameter = next(self.model.parameters())
-        return {
+        axis = {} if pairs.spans is None else {"axis": "span"}
+        return axis | {
             "atp_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

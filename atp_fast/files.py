@@ -101,7 +101,8 @@ class loading:
             ) from error
         found = header.pop("format", "no format at all")
         if found != wanted:
-            raise ValueError(f"{self.path} must hold {wanted}, got {found}")
+            version = " (of another version of atp_fast)" if _same_kind(found, wanted) else ""
+            raise ValueError(f"{self.path} must hold {wanted}, got {found}{version}")
         try:
             return tensors, {name: json.loads(text) for name, text in header.items()}
         except json.JSONDecodeError as error:
@@ -114,3 +115,7 @@ class loading:
             raise ValueError(
                 f"{self.path} must hold {self.kind} in full, got: {error!r}"
             ) from error
+
+
+def _same_kind(one: str, other: str) -> bool:
+    return one.partition("/")[0] == other.partition("/")[0]

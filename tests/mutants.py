@@ -40,6 +40,8 @@ SPANS = "tests/test_spans.py"
 REFUSE = "tests/test_refusals.py"
 OPTIONS = "tests/test_cli_options.py"
 OPS = "tests/test_ops_cpp.py"
+REPORT = "tests/test_report.py"
+PAGE = "tests/test_report_page.py"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 
 FAULTS = [
@@ -477,22 +479,202 @@ FAULTS = [
         "tests/test_pairs.py",
     ),
     Fault(
-        "atp_fast/results/report.py",
-        "{html.escape(visible(token))}</span>",
-        "{visible(token)}</span>",
-        "tests/test_results.py",
+        "atp_fast/results/report/__init__.py",
+        "autoescape=True",
+        "autoescape=False",
+        f"{REPORT} -k markup",
     ),
     Fault(
-        "atp_fast/results/report.py",
-        "<title>{html.escape(title)}</title>",
-        "<title>{title}</title>",
-        "tests/test_results.py",
+        "atp_fast/results/report/page.html",
+        "on {{ found.model }}</title>",
+        "on {{ found.model|safe }}</title>",
+        f"{REPORT} -k markup",
     ),
     Fault(
-        "atp_fast/results/report.py",
-        "<h1>{html.escape(title)}</h1>",
-        "<h1>{title}</h1>",
-        "tests/test_results.py",
+        "atp_fast/results/report/page.html",
+        "on {{ found.model }}</h1>",
+        "on {{ found.model|safe }}</h1>",
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        'style="--share:{{ "%.3g"|format(piece.share) }}">{{ piece.text }}',
+        'style="--share:{{ "%.3g"|format(piece.share) }}">{{ piece.text|safe }}',
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        "<mark>{{ piece.text }}</mark>",
+        "<mark>{{ piece.text|safe }}</mark>",
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        '<small dir="auto">{{ piece.name }}',
+        '<small dir="auto">{{ piece.name|safe }}',
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        "<td>{{ row.token }}",
+        "<td>{{ row.token|safe }}",
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        "{{ bound.assumptions }}",
+        "{{ bound.assumptions|safe }}",
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/report/page.html",
+        "{%- if piece.share -%}<mark>",
+        "{%- if not piece.share -%}<mark>",
+        f'{REPORT} -k "coloured or span"',
+    ),
+    Fault(
+        "atp_fast/results/figures.py",
+        "    return html.escape(text, quote=False)",
+        "    return text",
+        f"{REPORT} -k markup",
+    ),
+    Fault(
+        "atp_fast/results/figures.py",
+        "torch.split(values * share, size, dim=1)",
+        "torch.split(values, size, dim=1)",
+        f"{REPORT} -k columns",
+    ),
+    Fault(
+        "atp_fast/results/figures.py",
+        '"showSendToCloud": False',
+        '"showSendToCloud": True',
+        f"{PAGE} -k name",
+    ),
+    Fault(
+        "atp_fast/results/report/texts.py",
+        "skipped = max(0, len(prompt.tokens) - room)",
+        "skipped = 0",
+        f"{REPORT} -k long",
+    ),
+    Fault(
+        "atp_fast/results/report/texts.py",
+        "prompt.tokens[-kept:], prompt.columns[-kept:], shares",
+        "prompt.tokens[:kept], prompt.columns[:kept], shares",
+        f"{REPORT} -k long",
+    ),
+    Fault(
+        "atp_fast/results/report/texts.py",
+        "if prompts and len(prompt.tokens) > room:",
+        "if len(prompts) == 3:",
+        f'{REPORT} -k "long or largest"',
+    ),
+    Fault(
+        "atp_fast/results/report/charts.py",
+        "round(x, digits)",
+        "x",
+        f"{REPORT} -k largest",
+    ),
+    Fault(
+        "atp_fast/results/report/checks.py",
+        "if None not in (own, other) and own != other:",
+        "if False:",
+        f"{REPORT} -k refused",
+    ),
+    Fault(
+        "atp_fast/results/report/checks.py",
+        "return agreement(found.scored(exact.nodes), exact, found.method)",
+        "return agreement(found.top(len(exact.nodes)), exact, found.method)",
+        f"{REPORT} -k thousand",
+    ),
+    Fault(
+        "atp_fast/results/prompts.py",
+        "first = int(pairs.starts[row])",
+        "first = 0",
+        f"{REPORT} -k kept",
+    ),
+    Fault(
+        "atp_fast/engine.py",
+        "prompts=kept_prompts(run_pairs)",
+        "prompts=kept_prompts(pairs)",
+        f"{REPORT} -k kept",
+    ),
+    Fault(
+        "atp_fast/results/attribution.py",
+        '"prompts": self.prompts,',
+        '"prompts": None,',
+        f"{REPORT} -k kept",
+    ),
+    Fault(
+        "atp_fast/cli/report.py",
+        "bound=_bound(run) if run.is_dir() else None",
+        "bound=None",
+        f"{REPORT} -k folder",
+    ),
+    Fault(
+        "atp_fast/files.py",
+        'if _same_kind(found, wanted) else ""',
+        'if not _same_kind(found, wanted) else ""',
+        f"{REPORT} -k one_line",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        "Number.isNaN(x) - Number.isNaN(y)",
+        "Number.isNaN(y) - Number.isNaN(x)",
+        f"{PAGE} -k header",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        "names.includes(term)",
+        "text.includes(term)",
+        f"{PAGE} -k filter",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        "kinds.has(kind) &&",
+        "",
+        f"{PAGE} -k filter",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        'dark.matches ? "dark" : "light"',
+        '"light"',
+        f"{PAGE} -k dark",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        'dark.addEventListener("change", drawAll);\n',
+        "",
+        f"{PAGE} -k dark",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        '=== "rtl" ? -1 : 1',
+        '=== "rtl" ? 1 : 1',
+        f"{PAGE} -k arrows",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        '  prompts.addEventListener("focusin", follow);\n',
+        "",
+        f"{PAGE} -k keyboard",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        '  prompts.addEventListener("mouseleave", hideTip);\n',
+        "",
+        f"{PAGE} -k pointer",
+    ),
+    Fault(
+        "atp_fast/results/report/page.js",
+        "traces[0].x = data.columns",
+        "traces[0].x = null",
+        f'{PAGE} -k "texts or cell"',
+    ),
+    Fault(
+        "atp_fast/results/report/page.css",
+        "@media (prefers-color-scheme: dark)",
+        "@media (prefers-contrast: more)",
+        f"{PAGE} -k dark",
     ),
     Fault(
         "atp_fast/files.py",

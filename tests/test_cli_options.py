@@ -392,7 +392,8 @@ def test_chained_verbs_give_the_numbers_of_the_engine(tmp_path: Path, chain: Cha
         assert torch.equal(saved.contribution[kind], found.contribution[kind])
         assert torch.equal(saved.effect[kind], found.effect[kind])
     assert saved.tokens == found.tokens
-    clean, corrupted = float(found.clean_value.mean()), float(found.corrupted_value.mean())
+    values = [float(found.clean_value.mean()), float(found.corrupted_value.mean())]
+    clean, corrupted = values if chain.direction == "noising" else values[::-1]
     assert abs(clean - corrupted) > 0.01
     said = " ".join(out.split())
     assert f"{chain.metric} {clean:.4f} clean, {corrupted:.4f} corrupted" in said
@@ -443,7 +444,10 @@ def test_chained_verbs_give_the_numbers_of_the_engine(tmp_path: Path, chain: Cha
         progress=False,
     )
     bounded = json.loads((tmp_path / "bound.json").read_text())
-    assert bounded == json.loads(json.dumps(bound.to_dict()))
+    asked_of = list(found.space.kinds) if chain.some is None else few
+    question = {"metric": chain.metric, "direction": chain.direction, "kinds": asked_of}
+    question["pairs_digest"] = pairs.digest()
+    assert bounded == json.loads(json.dumps(question | bound.to_dict()))
     assert f"({', '.join(k for k in found.space.kinds if k in few)})" in out or chain.some
     said = " ".join(out.split())
     for level, value in zip((0.75, 0.5), bound.bounds, strict=True):
@@ -456,6 +460,9 @@ def test_chained_verbs_give_the_numbers_of_the_engine(tmp_path: Path, chain: Cha
         said = page_text(tmp_path / name)
         for word in (LLAMA, chain.method, chain.metric, chain.direction, *kinds, best[0].token):
             assert word in said, word
+    assert f"{len(best)} nodes were patched exactly" in page_text(tmp_path / "again.html")
+    rest = f"Of the {len(bound.nodes):,} nodes that were not patched ({', '.join(asked_of)})"
+    assert rest in page_text(tmp_path / "again.html")
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])

@@ -88,7 +88,7 @@ def test_one_shard_is_the_engine_s_own_result(tmp_path, engine, pairs):
     for kind in expected.space.kinds:
         assert torch.equal(found.per_pair[kind], expected.per_pair[kind])
     assert found.metadata["pairs_digest"] == pairs.digest()
-    assert found.tokens == expected.tokens
+    assert found.tokens == expected.tokens and found.prompts == expected.prompts
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])

@@ -46,7 +46,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_vjp_effects"])
+@pytest.mark.parametrize("op", ["attention", "attention_alone", "attention_vjp_effects"])
 @pytest.mark.parametrize("dtype", op_cases.DTYPES)
 @pytest.mark.parametrize("case", op_cases.CASES, ids=lambda case: case.name)
 def test_op(op: str, dtype: str, case: op_cases.Case) -> None:

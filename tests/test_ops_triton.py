@@ -89,7 +89,7 @@ if not triton.INTERPRETED:
 
 if triton.INTERPRETED or torch.cuda.is_available():
 
-    @pytest.mark.parametrize("op", ["attention", "attention_vjp_effects"])
+    @pytest.mark.parametrize("op", ["attention", "attention_alone", "attention_vjp_effects"])
     @pytest.mark.parametrize(
         ("dtype", "name"),
         [(dtype, name) for dtype, names in MATRIX.items() for name in sorted(names)],

@@ -86,7 +86,7 @@ def attribute(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for the run, its pairs, a table and the page of heat maps; later verbs take it.",
+            help="Folder for the run, its pairs, a table and the report; later verbs take it.",
             rich_help_panel=RESULTS,
         ),
     ] = Path("runs/attribute"),

@@ -69,7 +69,13 @@ def diagnose(
             markup=False,
         )
     out.print(bound.assumptions, markup=False)
-    write_text(run / BOUND, json.dumps(bound.to_dict(), indent=2) + "\n")
+    question = {
+        "metric": opened.found.metric,
+        "direction": opened.direction,
+        "pairs_digest": opened.pairs.digest(),
+        "kinds": list(kinds),
+    }
+    write_text(run / BOUND, json.dumps(question | bound.to_dict(), indent=2) + "\n")
     print_written([run / BOUND])
 
 

@@ -35,14 +35,14 @@ def writable_folder(path: Path) -> Path:
 
 
 def write_run(folder: Path, found: Attribution, pairs: PromptPairs, table_rows: int) -> list[Path]:
-    """Writes the run, its pairs, a table of its best nodes and, where plotly is installed, the page of heat maps."""
+    """Writes the run, its pairs, a table of its best nodes and, where its packages are installed, the report."""
     found.save(folder / RUN)
     pairs.to_jsonl(folder / PAIRS)
     best = found.top(min(table_rows, len(found)))
     rows = ([getattr(node, name) for name in COLUMNS] for node in best)
     write_csv(folder / TABLE, COLUMNS, rows)
     written = [folder / RUN, folder / PAIRS, folder / TABLE]
-    if importlib.util.find_spec("plotly"):
+    if all(importlib.util.find_spec(package) for package in ("plotly", "jinja2")):
         found.report(folder / REPORT)
         written.append(folder / REPORT)
     return written

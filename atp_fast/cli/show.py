@@ -27,7 +27,7 @@ def console() -> Console:
 def print_top(found: Attribution, nodes: Sequence[ScoredNode]) -> None:
     """The run in a line or two, then one row per node."""
     out = console()
-    clean, corrupted = float(found.clean_value.mean()), float(found.corrupted_value.mean())
+    clean, corrupted = found.metric_means
     pairs = len(found.clean_value)
     out.print(
         f"{found.method} on {found.model}, {pairs} pair{'s' * (pairs != 1)}, {found.direction}, "

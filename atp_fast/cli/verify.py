@@ -54,8 +54,10 @@ def verify(
     write_text(run / NUMBERS, json.dumps(found.to_dict(), indent=2) + "\n")
     written = [run / EXACT, run / TABLE, run / NUMBERS]
     if importlib.util.find_spec("plotly"):
+        from atp_fast.results.figures import OPTIONS
+
         with written_whole(run / SCATTER) as path:
-            found.scatter().write_html(path, include_plotlyjs=True)
+            found.scatter().write_html(path, include_plotlyjs=True, config=OPTIONS)
         written.append(run / SCATTER)
     print_written(written)
 

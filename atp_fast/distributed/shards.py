@@ -26,6 +26,7 @@ from atp_fast.nodes import check_kinds
 from atp_fast.prompts.directions import sign_text
 from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution
+from atp_fast.results.prompts import kept_prompts
 
 SHARD_SIZE = 16
 MANIFEST = "manifest.json"
@@ -177,6 +178,7 @@ class Shards:
             space=space,
             counts=counts,
             tokens=directed.column_tokens(),
+            prompts=kept_prompts(directed),
             method=first.method,
             metric=first.metric,
             direction=first.direction,

@@ -5,6 +5,7 @@ May import: prompts and what stands before it.
 
 from atp_fast.results.agreement import Agreement, agreement
 from atp_fast.results.attribution import Attribution
+from atp_fast.results.figures import save_figure
 from atp_fast.results.patch_effects import PatchEffects
 from atp_fast.results.scores import By, NodeScores, Over, ScoredNode
 
@@ -17,4 +18,5 @@ __all__ = [
     "PatchEffects",
     "ScoredNode",
     "agreement",
+    "save_figure",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from atp_fast.extras import require
 from atp_fast.nodes import label
 from atp_fast.patching.subsets import Floats
+from atp_fast.results.figures import LIGHT, plain
 from atp_fast.results.patch_effects import PatchEffects
 from atp_fast.results.scores import ScoredNode
 
@@ -102,9 +102,9 @@ class Agreement:
             rows = [row for row in self.rows if row.node.kind == kind]
             figure.add_trace(
                 go.Scatter(
-                    x=[row.contribution for row in rows],
-                    y=[row.node.contribution for row in rows],
-                    text=[_text(_name(row.node)) for row in rows],
+                    x=np.array([row.contribution for row in rows]),
+                    y=np.array([row.node.contribution for row in rows]),
+                    text=[plain(_name(row.node)) for row in rows],
                     mode="markers",
                     name=kind,
                     marker={"size": 6, "opacity": 0.7},
@@ -118,19 +118,15 @@ class Agreement:
             figure.add_trace(
                 go.Scatter(x=ends, y=ends, mode="lines", name="exact = estimated", line=line)
             )
-        figure.update_xaxes(type="log", title=_text(f"exact contribution ({self.metric})"))
-        figure.update_yaxes(type="log", title=_text(f"estimated by {self.method}"))
-        figure.update_layout(template="plotly_white", title="Estimates beside exact effects")
+        figure.update_xaxes(type="log", title=plain(f"exact contribution ({self.metric})"))
+        figure.update_yaxes(type="log", title=plain(f"estimated by {self.method}"))
+        title = "Estimates beside exact effects"
+        figure.update_layout(template=LIGHT, title=title, height=480)
         return figure
 
 
 def _name(node: ScoredNode) -> str:
     return label(node) + ("" if node.token is None else f" {node.token!r}")
-
-
-def _text(text: str) -> str:
-    """Text for plotly, which would read <bos> as a tag."""
-    return html.escape(text, quote=False)
 
 
 def agreement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from atp_fast.extras import require
 from atp_fast.files import loading, save_tensors, write_csv
 from atp_fast.nodes import NodeSpace
+from atp_fast.patching.diagnostics import MissedBound
 from atp_fast.results.figures import heatmap
+from atp_fast.results.patch_effects import PatchEffects
+from atp_fast.results.prompts import Prompt
 from atp_fast.results.report import write_report
 from atp_fast.results.scores import By, NodeScores, Over
 
@@ -49,9 +52,21 @@ class Attribution(NodeScores):
         """
         return heatmap(self, kind, by=by, over=over)
 
-    def report(self, path: str | os.PathLike[str]) -> None:
-        """Write one HTML page that needs no network: summary, top nodes, heat maps, how to read them."""
-        write_report(self, path)
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        exact: PatchEffects | None = None,
+        bound: MissedBound | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one HTML page that needs no network: the prompts, the best 1,000 nodes, maps, checks, provenance.
+
+        exact: what `engine.patch` found for some of the nodes, shown beside their estimates;
+        bound: what `engine.bound_missed` found, or the content of its file.
+        Needs plotly and jinja2; ImportError says so. Raises ValueError for exact effects or a bound of another metric,
+        direction or other pairs, and OSError naming the path if it cannot be written; nothing half-written is left.
+        """
+        write_report(self, path, exact, bound)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all. Raises OSError naming the path."""
@@ -66,6 +81,7 @@ class Attribution(NodeScores):
         header = {
             "space": [self.space.layers, self.space.positions, list(self.space.widths.items())],
             "per_pair": self.per_pair is not None,
+            "prompts": self.prompts,
         } | {name: getattr(self, name) for name in _TEXT_FIELDS}
         save_tensors(path, "attribution", tensors, header)
 
@@ -74,6 +90,7 @@ class Attribution(NodeScores):
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
         with loading(path, "attribution") as (tensors, header):
             layers, positions, widths = header["space"]
+            prompts = header.get("prompts")  # files of early versions have none
             space = NodeSpace(layers, positions, dict(widths))
 
             def table(name: str) -> dict[str, Tensor]:
@@ -87,5 +104,6 @@ class Attribution(NodeScores):
                 counts=tensors["counts"],
                 clean_value=tensors["clean_value"],
                 corrupted_value=tensors["corrupted_value"],
+                prompts=None if prompts is None else [Prompt(*texts) for texts in prompts],
                 **{name: header[name] for name in _TEXT_FIELDS},
             )

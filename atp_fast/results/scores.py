@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atp_fast.nodes import Node, NodeSpace, check_kinds, label
 from atp_fast.prompts.directions import sign_text
+from atp_fast.results.prompts import Prompt
 
 Array = np.ndarray[Any, Any]
 By = Literal["contribution", "effect"]
@@ -58,8 +59,9 @@ class NodeScores:
     of I(n) under the ordinary gradient; per_pair: the same with a leading pairs axis, or None; means are over the
     pairs that have a real token at the position;
     space: the nodes; counts: pairs with a real token at each position, (positions,); where it is 0 there is no node;
-    tokens: the text of each position, "·" where pairs differ, or None;
-    clean_value, corrupted_value: the metric on both runs, (pairs,);
+    tokens: the text of each position, "·" where pairs differ, or None; prompts: the first pairs in words, or None;
+    clean_value, corrupted_value: the metric on the prompts that are run and on those whose values are patched in,
+    (pairs,); for denoising the first are the corrupted prompts;
     metadata: whatever else a reader should know (versions, date, seconds), strings only.
     The tables lie on the device of the model that was run, everything else on the CPU.
     Raises ValueError if shapes or kinds do not fit the space.
@@ -78,6 +80,7 @@ class NodeScores:
     model: str
     per_pair: dict[str, Tensor] | None = None
     tokens: list[str] | None = None
+    prompts: list[Prompt] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +105,11 @@ class NodeScores:
             raise ValueError(
                 f"tokens must have {self.space.positions} entries, got {len(self.tokens)}"
             )
+        columns = {c for p in self.prompts or () for c in (*p.columns, *p.other_columns)}
+        if not columns <= set(range(-1, self.space.positions)):
+            raise ValueError(
+                f"columns of prompts must be in [-1, {self.space.positions}), got {max(columns)}"
+            )
 
     def __repr__(self) -> str:
         return (
@@ -118,6 +126,17 @@ class NodeScores:
         return sum(
             self.space.layers * live * self.space.widths[kind] for kind in self._kinds(kinds)
         )
+
+    @property
+    def metric_means(self) -> tuple[float, float]:
+        """Means over pairs of the metric on the clean and on the corrupted prompts, whichever are run."""
+        run, other = (float(x.double().mean()) for x in (self.clean_value, self.corrupted_value))
+        return (run, other) if self.direction == "noising" else (other, run)
+
+    @property
+    def axis(self) -> str:
+        """What the position axis counts: "position", or "span" where the pairs had spans."""
+        return self.metadata.get("axis", "position")
 
     def cpu(self: Scores) -> Scores:
         """The same with all tables on the CPU: what to keep of many runs on a GPU, whose memory they would fill."""
@@ -153,6 +172,19 @@ class NodeScores:
             ScoredNode(kind, layer, position, index, contribution, effect, self._token(position))
             for kind, layer, position, index, contribution, effect in rows
         ]
+
+    def scored(self, nodes: Iterable[Node]) -> list[ScoredNode]:
+        """These nodes with their scores. Raises ValueError for a node that lies outside the space."""
+        rows = []
+        for node in nodes:
+            self.space.check(node)
+            kind, *place = node
+            contribution, effect = (
+                float(table[kind][tuple(place)]) for table in (self.contribution, self.effect)
+            )
+            token = self._token(node.position)
+            rows.append(ScoredNode(*node, contribution, effect, token))
+        return rows
 
     def totals(self, kind: str, *, by: By = "effect", over: Over) -> Tensor:
         """Scores of one kind summed over positions, (layers, nodes per position), or over a position's nodes,

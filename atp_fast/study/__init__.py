@@ -16,7 +16,7 @@ from atp_fast.study.rankings import (
     paper_settings,
     walk,
 )
-from atp_fast.study.report import write_study
+from atp_fast.study.report import recall_curves, write_study
 from atp_fast.study.runs import Case, Estimate, Plan, Study, run_study
 from atp_fast.study.store import Store
 
@@ -40,6 +40,7 @@ __all__ = [
     "oracle_cost",
     "paper_settings",
     "recall_cost",
+    "recall_curves",
     "run_study",
     "true_order",
     "walk",

@@ -1,8 +1,8 @@
-"""What a study leaves behind: CSV tables, curves as HTML and PNG, and a Markdown summary."""
+"""What a study leaves behind: CSV tables, curves, and a Markdown summary."""
 
 from __future__ import annotations
 
-import html
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from atp_fast.extras import require
 from atp_fast.files import write_csv, write_text, written_whole
+from atp_fast.results.figures import LIGHT, OPTIONS, BrowserError, plain, save_figure
 from atp_fast.study.runs import MARKS, Study
 
 CONVENTION = (
@@ -37,10 +38,11 @@ COLOURS = {
 def write_study(
     study: Study, folder: str | Path, title: str = "Method study", about: str = ""
 ) -> list[Path]:
-    """Write results.csv, settings.csv, curves.csv, bounds.csv, curves.html, curves.png and summary.md.
+    """Write results.csv, settings.csv, curves.csv, bounds.csv, summary.md, curves.html and, where a browser can draw it,
+    curves.png.
 
     about: what else the summary says at its top, such as the machine.
-    Returns their paths. Raises ImportError, after the tables are written, when plotly or matplotlib is missing.
+    Returns their paths. Raises ImportError, after the tables are written, when plotly or kaleido is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +59,13 @@ def write_study(
     paths.append(folder / "summary.md")
     write_text(paths[-1], summary(study, title, about))
     paths.append(folder / "curves.html")
+    figure = recall_curves(study, title)
     with written_whole(paths[-1]) as temporary:
-        curves_figure(study, title).write_html(temporary, include_plotlyjs=True)
-    paths.append(folder / "curves.png")
-    with written_whole(paths[-1]) as temporary:
-        draw_png(study, temporary, title)
+        figure.write_html(temporary, include_plotlyjs=True, config=OPTIONS)
+    with contextlib.suppress(BrowserError):
+        drawn = recall_curves(study, title, recalls=[1.0])
+        save_figure(drawn, folder / "curves.png", width=1400, scale=1)
+        paths.append(folder / "curves.png")
     return paths
 
 
@@ -176,25 +180,30 @@ def _levels(rows: Iterable[Mapping[str, Any]]) -> list[float]:
     return list(dict.fromkeys(row["confidence"] for row in rows))
 
 
-def curves_figure(study: Study, title: str) -> Any:
-    """plotly figure: per case, cost of verified recall against K on logarithmic axes; 90 % recall dashed."""
-    go = require("plotly.graph_objects", "the curves' page")
-    make_subplots = require("plotly.subplots", "the curves' page").make_subplots
+def recall_curves(study: Study, title: str, recalls: Sequence[float] | None = None) -> Any:
+    """plotly figure: per case, cost of verified recall against K on logarithmic axes, in forward-pass equivalents.
+
+    recalls: those drawn, all that the study has when None; those below 1 are dashed, and hidden until the legend is clicked.
+    """
+    go = require("plotly.graph_objects", "the recall curves")
+    make_subplots = require("plotly.subplots", "the recall curves").make_subplots
     found = cases(study.curves)
     columns = min(2, max(1, len(found)))
     rows = max(1, math.ceil(len(found) / columns))
-    figure = make_subplots(
-        rows, columns, subplot_titles=[f"{task}, {family}" for task, family in found]
-    )
+    names = [plain(f"{task}, {family}") for task, family in found]
+    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.25 / rows)
     shown: set[str] = set()
     for number, case in enumerate(found):
         place = {"row": number // columns + 1, "col": number % columns + 1}
         for method, recall, k, cost in _lines(study, case):
+            if recalls is not None and recall not in recalls:
+                continue
             name = method if recall == 1.0 else f"{method}, {100 * recall:g} %"
             figure.add_trace(
                 go.Scatter(
                     x=k,
                     y=cost,
+                    mode="lines",
                     name=name,
                     legendgroup=name,
                     showlegend=name not in shown,
@@ -204,36 +213,11 @@ def curves_figure(study: Study, title: str) -> Any:
                 **place,
             )
             shown.add(name)
-    figure.update_xaxes(type="log", title="K")
-    figure.update_yaxes(type="log", title="forward-pass equivalents")
-    title = html.escape(title, quote=False)  # plotly reads tags in it
-    figure.update_layout(title=title, height=450 * rows, template="plotly_white")
+    decades = dict(type="log", dtick=1, exponentformat="none", separatethousands=True)
+    figure.update_xaxes(title="K", **decades)
+    figure.update_yaxes(title="cost until the top K are verified", **decades)
+    figure.update_layout(title=plain(title), height=450 * rows, template=LIGHT)
     return figure
-
-
-def draw_png(study: Study, path: str | Path, title: str) -> None:
-    """The same curves, 100 % recall, as PNG; matplotlib draws them, which needs no browser."""
-    figure = require("matplotlib.figure", "the curves' picture").Figure
-    found = cases(study.curves)
-    columns = min(2, max(1, len(found)))
-    rows = max(1, math.ceil(len(found) / columns))
-    picture = figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
-    axes = picture.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat[len(found) :]:
-        ax.set_axis_off()
-    for ax, case in zip(axes.flat, found, strict=False):
-        for method, recall, k, cost in _lines(study, case):
-            if recall == 1.0:
-                ax.loglog(k, cost, label=method, color=_colour(method), lw=1.5)
-        ax.set_title(f"{case[0]}, {case[1]}")
-        ax.set_xlabel("K")
-        ax.set_ylabel("cost until the top K are verified")
-        ax.grid(alpha=0.3)
-    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
-    if lines:
-        picture.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5)
-    picture.suptitle(title, parse_math=False)
-    picture.savefig(path, format="png", dpi=110)
 
 
 def _colour(method: str) -> str:
