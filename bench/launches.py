@@ -85,17 +85,20 @@ class Launches(TorchDispatchMode):
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Inside, the Triton backend takes CPU tensors and starts nothing, and operations are counted."""
-        empty = torch.empty
 
-        def zeros(*shape: Any, **options: Any) -> Tensor:
-            with torch.utils._python_dispatch._disable_current_modes():
-                return empty(*shape, **options).zero_()
+        def zeroed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def zeros(*args: Any, **options: Any) -> Tensor:
+                with torch.utils._python_dispatch._disable_current_modes():
+                    return function(*args, **options).zero_()
+
+            return zeros
 
         with contextlib.ExitStack() as stack:
             for patch in (
                 mock.patch.object(triton, "INTERPRETED", True),
                 mock.patch.object(launch, "_start", self.started),
-                mock.patch.object(torch, "empty", zeros),
+                mock.patch.object(torch, "empty", zeroed(torch.empty)),
+                mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
                 mock.patch.object(sweeps, "run_pairs", self.during("forwards", sweeps.run_pairs)),
                 *(
                     mock.patch.object(owner, name, self.during("scoring", getattr(owner, name)))

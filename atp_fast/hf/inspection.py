@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from atp_fast.hf.attention import LayerRun, running
+from atp_fast.hf.norms import FoundNorm
 
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
@@ -28,6 +30,8 @@ class Layer:
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None
     activations: Sequence[nn.Module] = ()
+    norms: Sequence[FoundNorm] = ()
+    rotations: Sequence[ModuleType] = ()
 
 
 @dataclass
