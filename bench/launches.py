@@ -46,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "head_dim": 16},
     "gemma3_text": {**_LLAMA, "head_dim": 16, "sliding_window": 4},
 }
+# allocations, a view that says it is none, and reading one number
+_NO_STARTS = ("empty", "_unsafe_view", "_local_scalar_dense")
 # what adds to the scores, wherever it is called from
 _SCORING = ((sweeps._Layer, "_first_order"), (sweeps._Layer, "_given"))
 
@@ -62,7 +64,7 @@ class Launches(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function._schema.name
-        if not function.is_view and not any(part in name for part in ("empty", "_unsafe_view")):
+        if not function.is_view and not any(part in name for part in _NO_STARTS):
             self.counts[self.phase, name] += 1
         return function(*args, **(kwargs or {}))
 

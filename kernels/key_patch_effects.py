@@ -469,7 +469,7 @@ def launch_other_effects(
         "v_ptr": v,
         "k_corrupted_ptr": k_corrupted,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(stats.logsumexp),
+        "logsumexp_ptr": never_negative_infinity(stats.logsumexp, scoring),
         "top_key_ptr": stats.top_key.to(torch.int32),
         "mean_ptr": mean,
         "effect_ptr": effect,

@@ -118,8 +118,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "bf16x6" if dtype == torch.float32 else "tf32"
 
 
-def never_negative_infinity(logsumexp: Tensor) -> Tensor:
-    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles."""
+def never_negative_infinity(logsumexp: Tensor, scoring: Scoring) -> Tensor:
+    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles.
+
+    Only a mask leaves rows without: a query's own key is neither later nor outside a window.
+    """
+    if scoring.key_mask is None:
+        return logsumexp
     return logsumexp.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 

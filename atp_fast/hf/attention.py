@@ -50,7 +50,8 @@ class Stopped(Exception):
 class LayerRun:
     """One layer's run: what goes in beside its input, and what its attention call left behind.
 
-    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped.
+    cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k and v are there, by Stopped;
+    given: z and the statistics, where they are known.
     """
 
     backend: str = "auto"
@@ -59,6 +60,7 @@ class LayerRun:
     kinds: tuple[str, ...] = ()
     cut: bool = False
     stop: bool = False
+    given: tuple[Tensor, ops.AttentionStats] | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -81,7 +83,7 @@ class LayerRun:
         if self.stop:
             self.k, self.v = k, v
             raise Stopped
-        z, stats = ops.attention(
+        z, stats = self.given or ops.attention(
             q.detach(), k.detach(), v.detach(), backend=self.backend, **options._asdict()
         )
         if self.cut:

@@ -207,14 +207,18 @@ class FiniteCheck:
             self.places.append(where)
             self.largest.append(torch.linalg.vector_norm(x.detach(), torch.inf))
 
-    def check(self) -> None:
-        """ValueError that names the first place where a noted tensor held NaN or infinity."""
+    def first_bad(self) -> str | None:
+        """The first place where a noted tensor held NaN or infinity, None if none did."""
         if not self.largest:
-            return
+            return None
         first = self.largest[0]
         finite = torch.stack([x.to(first.device) for x in self.largest]).isfinite().tolist()
-        if not all(finite):
-            where = self.places[finite.index(False)]
+        return None if all(finite) else self.places[finite.index(False)]
+
+    def check(self) -> None:
+        """ValueError that names the first place where a noted tensor held NaN or infinity."""
+        where = self.first_bad()
+        if where is not None:
             raise ValueError(
                 f"model gives activations that are not finite (NaN or infinity) in {where}"
             )

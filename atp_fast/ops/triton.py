@@ -59,11 +59,13 @@ def _columns(x: Tensor, like: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, AttentionStats]:
-    """z in q's dtype and the row statistics."""
+    """z in q's dtype, heads side by side in memory as the layer's next product reads them, and the row statistics."""
     width = _width(q, v)
     out = launch_attention(*(_aligned(x, width) for x in (q, k, v)), KernelScoring(*scoring))
     stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
-    return stats.z.to(q.dtype), stats
+    batch, heads, queries, v_dim = stats.z.shape
+    z = torch.empty((batch, queries, heads, v_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    return z.copy_(stats.z), stats
 
 
 def attention_vjp(
