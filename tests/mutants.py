@@ -126,7 +126,7 @@ FAULTS = [
         "y2 = x2 * c2 - x1 * s2",
         f"INTERPRET {NORMS}",
     ),
-    Fault("atp_fast/hf/norms.py", "torch.tensor([[eps**0.5]", "torch.tensor([[1.0]", TWINS),
+    Fault("atp_fast/hf/norms.py", "for offset in (0.0, 1.0)]", "for offset in (0.0,)]", TWINS),
     Fault("atp_fast/hf/rotations.py", "if count == 1:", "if count:", TWINS),
     Fault(
         "atp_fast/attribution/twins.py",

@@ -49,6 +49,12 @@ def alike(x: Tensor) -> Tensor:
     return y + norm(y, V[:, 0], None, Norm(1e-6), "reference") + y.clone()
 
 
+def shared(x: Tensor) -> Tensor:
+    """One gradient goes two ways, on each of which another is added."""
+    a, b = x * 2, x.exp()
+    return F.linear(a + b, W) + F.linear(a, W, B) * 3 + F.linear(b, W) * 4
+
+
 class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx, power, x):
@@ -76,6 +82,8 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "subtraction": lambda x: torch.sub(x, x * x, alpha=3),
     "block": block,
     "sums of one": alike,
+    "one gradient two ways": shared,
+    "scaled sum": lambda x: torch.add(x, x * x, alpha=3),
     "float32 between": lambda x: (x.float() * 2).double() + x,
     "foreign function": lambda x: Cube.apply(3, x) + torch.softmax(x, -1),
 }
@@ -113,6 +121,19 @@ def test_what_lies_between_is_handed_out_whole() -> None:
             torch.testing.assert_close(ours[n], theirs)
     assert got[3].shape == (3, 2, 3, 6)
     assert not got[3].any()
+
+
+def test_what_was_handed_out_is_not_written_to() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    inner = x * 2
+    moved = inner + 1
+    out = F.linear(moved, W) + F.linear(inner, W) * 3
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    got = Adjoint([out], [moved, x])([cotangents])
+    for n, c in enumerate(cotangents):
+        wanted = torch.autograd.grad(out, [moved, x], c, retain_graph=True)
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours[n], theirs)
 
 
 def test_several_outputs_at_once() -> None:
