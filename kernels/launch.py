@@ -177,6 +177,18 @@ def candidates(configs: Configs, x: Tensor, *dims: int) -> tuple[Blocks, ...]:
     return tuple(blocks for blocks in listed if major is None or major in blocks.majors)
 
 
+def shared_out(choices: tuple[Blocks, ...], cotangents: int) -> tuple[Blocks, ...]:
+    """The choices with chunks of even size: seven cotangents by at most six are four and three, one is one.
+
+    What a program computes for cotangents that are not there is thrown away.
+    """
+    even = (
+        b._replace(chunk=cdiv(cotangents, cdiv(cotangents, b.chunk))) if cotangents else b
+        for b in choices
+    )
+    return tuple(dict.fromkeys(even))
+
+
 def _meta(blocks: Blocks) -> dict[str, int]:
     return {
         "BLOCK_M": blocks.block_m,
