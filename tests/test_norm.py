@@ -63,7 +63,11 @@ def test_norm_and_its_adjoint(
     wide = x.double().requires_grad_()
     truth = formula(wide, weight.double(), None if given is None else given.double(), how)
     y, mean, rstd = ops.norm(x, weight, given, how=how, backend=backend)
-    assert_as_good(y, reference.norm(x, weight, given, how)[0], truth.detach())
+    plain = reference.norm(x, weight, given, how)[0]
+    assert_as_good(y, plain, truth.detach())
+    if how.rounded and kind.itemsize == 2 and y.numel() > 500:
+        # rounded where the model rounds: but for ties, the same bits; rounded once, a fifth are others
+        assert (y == plain).double().mean() > 0.97
     slopes = [torch.autograd.grad(truth, wide, g.double(), retain_graph=True)[0] for g in grad]
     for ahead in (None, before):
         got = ops.norm_vjp(
