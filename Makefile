@@ -20,6 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist w
 
 .PHONY: gpu docs package test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
+	bench-launches \
 	mutants study study-quick clean
 
 demo: build model
@@ -65,7 +66,7 @@ model: $(STAMPS)/model
 
 # The interpreter's mode is fixed when the kernels are defined, so it has a process of its own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py tests/test_add_effects.py tests/test_norm.py
 
 # Each library in an environment of its own, with the torch of constraints.txt.
 LIBRARIES := transformer-lens nnsight
@@ -96,7 +97,7 @@ package: build
 test-compile: build
 	$(PYTEST) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
-bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patching: bench-%: build model
+bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patching bench-launches: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-roofline: build

@@ -61,3 +61,23 @@ def add_effects(
     pair_signed: bool,
     threads: int,
 ) -> None: ...
+def norm(
+    sizes: tuple[int, int, int, int, int],
+    x: _Passed,
+    grad: _Passed,
+    out: _Passed,
+    rest: tuple[int, int, int, int, int],
+    eps: float,
+    offset: float,
+    rounded: bool,
+    threads: int,
+) -> None: ...
+def rotate(
+    sizes: tuple[int, int, int, int, int, int],
+    x: _Passed,
+    cos: _Passed,
+    sin: _Passed,
+    adjoint: bool,
+    out: _Passed,
+    threads: int,
+) -> None: ...

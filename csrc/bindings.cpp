@@ -95,6 +95,37 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// sizes: cotangents, three leading axes, width; grad of nothing: the norm itself
+void norm(const std::array<Index, 5>& sizes, const Passed& x, const Passed& grad, const Passed& out,
+          const std::array<std::uintptr_t, 5>& rest, double eps, double offset, bool rounded,
+          int threads) {
+    NormCall call{};
+    call.cotangents = sizes[0];
+    std::copy(sizes.begin() + 1, sizes.begin() + 4, call.sizes);
+    call.width = sizes[4];
+    call.x = view(x);
+    call.grad = view(grad);
+    call.out = view(out);
+    const auto& [weight, bias, mean, rstd, before] = rest;
+    call.weight = at<void>(weight);
+    call.bias = at<void>(bias);
+    call.mean = at<void>(mean);
+    call.rstd = at<void>(rstd);
+    call.before = at<void>(before);
+    call.eps = eps;
+    call.offset = offset;
+    call.rounded = rounded;
+    kernels().norm[slot(call.x.dtype)](call, threads);
+}
+
+// sizes: outer, batch, heads, positions, dim, rotated
+void rotate(const std::array<Index, 6>& sizes, const Passed& x, const Passed& cos,
+            const Passed& sin, bool adjoint, const Passed& out, int threads) {
+    const RotateCall call{sizes[0],  sizes[1],  sizes[2],  sizes[3],  sizes[4], sizes[5],
+                          view(x), view(cos), view(sin), view(out), adjoint};
+    kernels().rotate[slot(call.x.dtype)](call, threads);
+}
+
 // sizes: cotangents, batch, positions, width, dim, columns; values are (batch, positions, width, dim)
 void add_effects(const std::array<Index, 6>& sizes, const Passed& grad, const Passed& clean,
                  const Passed& corrupted, std::uintptr_t weights, std::uintptr_t live,
@@ -217,6 +248,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("__version__") = ATP_FAST_VERSION;
     m.def("node_effects", node_effects, release());
     m.def("add_effects", add_effects, release());
+    m.def("norm", norm, release());
+    m.def("rotate", rotate, release());
     m.def("attention", attention, release());
     m.def("attention_backward", attention_backward, release());
     m.def("linear", linear, release());

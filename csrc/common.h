@@ -86,6 +86,26 @@ struct AddEffectsCall {
     bool pair_signed;  // a pair's row gets the first cotangent's effects, not the score
 };
 
+// norm, and norm_vjp where grad is given: views are (cotangents, sizes..., width), x and a
+// forward's out without the first axis (its stride is not used); weight, bias, mean and rstd are of the
+// accumulation type, bias null for none, mean null unless x is centred.
+struct NormCall {
+    Index cotangents, sizes[3], width;
+    View x, grad, out;
+    const void *weight, *bias;
+    void *mean, *rstd;   // (rows,), written forward, read backward
+    const void* before;  // backward: what is added, lies as out does and may be it; or null
+    double eps, offset;
+    bool rounded;
+};
+
+// rotate: x and out are (outer, batch, heads, positions, dim), cos and sin (batch, positions, rotated).
+struct RotateCall {
+    Index outer, batch, heads, positions, dim, rotated;
+    View x, cos, sin, out;
+    bool adjoint;
+};
+
 // linear: y (rows, columns), contiguous, = x w + bias; bias is (columns,) or null, every type the
 // accumulation type.
 struct LinearCall {
@@ -105,6 +125,8 @@ struct Kernels {
     void (*attention_backward[2])(const BackwardCall&, int threads);
     void (*node_effects[2])(const NodeEffectsCall&, int threads);
     void (*add_effects[2])(const AddEffectsCall&, int threads);
+    void (*norm[2])(const NormCall&, int threads);
+    void (*rotate[2])(const RotateCall&, int threads);
     void (*linear[2])(const LinearCall&, int threads);
     void (*exponential[2])(const void* in, void* out, Index count);
 };

@@ -5,6 +5,7 @@
 #include "convert.h"
 #include "node_effects.h"
 #include "add_effects.h"
+#include "norm.h"
 #include "product.h"
 #include "linear.h"
 #include "attention.h"
@@ -29,6 +30,8 @@ const Kernels kernels = {
     {attention_backward<float>, attention_backward<double>},
     {node_effects<float>, node_effects<double>},
     {add_effects<float>, add_effects<double>},
+    {norm<float>, norm<double>},
+    {rotate<float>, rotate<double>},
     {linear<float>, linear<double>},
     {exponential<float>, exponential<double>},
 };

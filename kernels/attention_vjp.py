@@ -39,6 +39,7 @@ from atp_fast.kernels.launch import (
     padded,
     run,
     scoring_arguments,
+    shared_out,
     sizes_of,
     strides,
 )
@@ -406,7 +407,7 @@ def launch_key_gradients(
         "k_ptr": k,
         "v_ptr": v,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(logsumexp),
+        "logsumexp_ptr": never_negative_infinity(logsumexp, scoring),
         "mean_ptr": mean,
         "grad_k_ptr": grad_k,
         "grad_v_ptr": grad_v,
@@ -419,7 +420,7 @@ def launch_key_gradients(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim)
+    choices = shared_out(candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:
@@ -456,7 +457,7 @@ def launch_query_gradients(
         "k_ptr": k,
         "v_ptr": v,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(logsumexp),
+        "logsumexp_ptr": never_negative_infinity(logsumexp, scoring),
         "mean_ptr": mean,
         "grad_q_ptr": grad_q,
         "batches": sizes.batch,
@@ -468,7 +469,7 @@ def launch_query_gradients(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(QUERY_CONFIGS, q, sizes.head_dim, sizes.v_dim)
+    choices = shared_out(candidates(QUERY_CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
     heads = sizes.batch * sizes.heads
 
     def programs(b: Blocks) -> int:

@@ -88,10 +88,7 @@ def _add_keys(
         q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
         HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
     )  # fmt: skip
-    if softcap is not None:
-        s = logits(s, scale, softcap) * LOG2_E
-    else:
-        s = s * (scale * LOG2_E)
+    s = s * (scale * LOG2_E) if softcap is None else logits(s, scale, softcap) * LOG2_E
     if MASKED:
         distance = (offs_m + (keys - queries))[:, None] - (start_n + cols)[None, :]
         seen = visible(distance, window, CAUSAL) & (cols < left)[None, :]

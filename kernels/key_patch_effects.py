@@ -42,6 +42,7 @@ from atp_fast.kernels.launch import (
     padded,
     run,
     scoring_arguments,
+    shared_out,
     sizes_of,
     strides,
     window_of,
@@ -469,7 +470,7 @@ def launch_other_effects(
         "v_ptr": v,
         "k_corrupted_ptr": k_corrupted,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(stats.logsumexp),
+        "logsumexp_ptr": never_negative_infinity(stats.logsumexp, scoring),
         "top_key_ptr": stats.top_key.to(torch.int32),
         "mean_ptr": mean,
         "effect_ptr": effect,
@@ -483,7 +484,7 @@ def launch_other_effects(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim)
+    choices = shared_out(candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
     heads = sizes.batch * sizes.kv_heads
 
     def programs(b: Blocks) -> int:

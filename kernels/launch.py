@@ -118,8 +118,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "bf16x6" if dtype == torch.float32 else "tf32"
 
 
-def never_negative_infinity(logsumexp: Tensor) -> Tensor:
-    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles."""
+def never_negative_infinity(logsumexp: Tensor, scoring: Scoring) -> Tensor:
+    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles.
+
+    Only a mask leaves rows without: a query's own key is neither later nor outside a window.
+    """
+    if scoring.key_mask is None:
+        return logsumexp
     return logsumexp.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 
@@ -170,6 +175,18 @@ def candidates(configs: Configs, x: Tensor, *dims: int) -> tuple[Blocks, ...]:
     listed = configs[(x.dtype, max(64, *(padded(dim) for dim in dims)))]
     major = _major(x.device)
     return tuple(blocks for blocks in listed if major is None or major in blocks.majors)
+
+
+def shared_out(choices: tuple[Blocks, ...], cotangents: int) -> tuple[Blocks, ...]:
+    """The choices with chunks of even size: seven cotangents by at most six are four and three, one is one.
+
+    What a program computes for cotangents that are not there is thrown away.
+    """
+    even = (
+        b._replace(chunk=cdiv(cotangents, cdiv(cotangents, b.chunk))) if cotangents else b
+        for b in choices
+    )
+    return tuple(dict.fromkeys(even))
 
 
 def _meta(blocks: Blocks) -> dict[str, int]:

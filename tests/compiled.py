@@ -13,12 +13,15 @@ import triton
 from torch import Tensor
 
 from atp_fast.kernels import (
+    add_effects,
     attention,
     attention_vjp,
     attention_z,
     key_patch_effects,
     launch,
     node_effects,
+    norm,
+    rotate,
     row_dots,
 )
 from atp_fast.kernels.launch import Blocks, Scoring
@@ -102,6 +105,44 @@ def _node_effects(x: Tensors, blocks: Blocks) -> None:
     node_effects.launch_node_effects(x.q, x.grad_z, weights, blocks=blocks)
 
 
+def _add_effects(x: Tensors, blocks: Blocks) -> None:
+    z, g = x.q.transpose(1, 2), x.grad_z.transpose(2, 3)
+    sums = torch.empty(z.shape[1:3], device="meta")
+    weights, live = torch.empty(len(g), device="meta"), torch.empty(z.shape[:2], device="meta")
+    add_effects.launch_add_effects(
+        g, weights, sums, sums, z, z, live.bool(), None, None, None, False, blocks=blocks
+    )
+
+
+def _stream(x: Tensors, cotangents: int | None = None) -> Tensor:
+    """A residual stream HEADS heads wide, or its gradients."""
+    shape = (BATCH, x.q.shape[2], HEADS * x.q.shape[3])
+    ahead = () if cotangents is None else (cotangents,)
+    return torch.empty((*ahead, *shape), dtype=x.q.dtype, device="meta")
+
+
+def _norm(x: Tensors, blocks: Blocks) -> None:
+    h = _stream(x)
+    rstd = torch.empty(h.shape[:2], device="meta")
+    norm.launch_norm(h, h[0, 0], None, 1e-6, False, True, 0.0, (h, None, rstd), blocks=blocks)
+
+
+def _norm_vjp(x: Tensors, blocks: Blocks) -> None:
+    h, grad = _stream(x), _stream(x, COTANGENTS)
+    rstd = torch.empty(h.shape[:2], device="meta")
+    norm.launch_norm_vjp(h, h[0, 0], None, rstd, grad, 0.0, grad, grad, blocks=blocks)
+
+
+def _rotate(x: Tensors, blocks: Blocks) -> None:
+    heads = x.grad_z.transpose(2, 3).contiguous().transpose(2, 3)
+    cos = torch.empty(BATCH, heads.shape[3], heads.shape[4], dtype=x.q.dtype, device="meta")
+    rotate.launch_rotate(heads, cos, cos, True, heads, blocks=blocks)
+
+
+def _by_size(blocks: Callable[[int], Blocks]) -> launch.Configs:
+    return {(dtype, dim): (blocks(dim),) for dtype in DTYPES.values() for dim in DIMS}
+
+
 def _one(blocks: Blocks) -> launch.Configs:
     return {(dtype, dim): (blocks,) for dtype in DTYPES.values() for dim in DIMS}
 
@@ -130,6 +171,10 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
             for dim in DIMS
         },
     ),
+    "add_effects": (_add_effects, _by_size(lambda dim: add_effects.default_blocks(HEADS, dim))),
+    "norm": (_norm, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
+    "norm_vjp": (_norm_vjp, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
+    "rotate": (_rotate, _by_size(lambda dim: rotate.default_blocks(dim // 2))),
 }
 TILED = (
     "attention",

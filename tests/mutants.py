@@ -42,9 +42,113 @@ OPTIONS = "tests/test_cli_options.py"
 OPS = "tests/test_ops_cpp.py"
 REPORT = "tests/test_report.py"
 PAGE = "tests/test_report_page.py"
+ADDED = "tests/test_add_effects.py"
+NORMS = "tests/test_norm.py"
+WALK = "tests/test_adjoint.py"
+TWINS = "tests/test_twins.py"
+STARTS = "tests/test_launches.py"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 
 FAULTS = [
+    # cotangents' walk, sums in place, both prompts together, norms and rotations
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        "return [(grad, own and alone)] * 2",
+        "return [(grad, own)] * 2",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        "self._at[edge] = value, False\n        return value",
+        "self._at[edge] = value, True\n        return value",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        "    if node._saved_alpha != 1:\n        return None\n    alone",
+        "    alone",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        "or node._saved_alpha != 1:\n        return None\n    plain",
+        "or False:\n        return None\n    plain",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        "        if inner:\n",
+        "        if node not in {n for n, _ in wanted}:\n",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/ops/pending.py",
+        "own = own and before.is_contiguous()",
+        "own = before.is_contiguous()",
+        WALK,
+    ),
+    Fault(
+        "atp_fast/attribution/sweep.py",
+        "known = max(self.added.get(kind, 0) - first, 0)",
+        "known = 0",
+        "tests/test_memory.py -k out_of_memory",
+    ),
+    Fault(
+        "csrc/add_effects.h",
+        "if (i < 0 || i >= call.positions) continue;",
+        "if (i >= call.positions) continue;",
+        ADDED,
+    ),
+    Fault(
+        "csrc/add_effects.h",
+        "call.pair_signed ? first : score);",
+        "call.pair_signed ? score : first);",
+        ADDED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "pair_effect = tl.where(c == 0, found, pair_effect)",
+        "pair_effect = found",
+        f"INTERPRET {ADDED}",
+    ),
+    Fault(
+        "csrc/norm.h",
+        "h[i] = (h[i] - level - n[i] * along) * rstd;",
+        "h[i] = (h[i] - n[i] * along) * rstd;",
+        NORMS,
+    ),
+    Fault(
+        "kernels/norm.py",
+        "        y = y.to(narrow.dtype).to(tl.float32)\n",
+        "        y = y\n",
+        f"INTERPRET {NORMS}",
+    ),
+    Fault(
+        "kernels/rotate.py",
+        "y2 = x2 * c2 - x1 * s1",
+        "y2 = x2 * c2 - x1 * s2",
+        f"INTERPRET {NORMS}",
+    ),
+    Fault("atp_fast/hf/norms.py", "for offset in (0.0, 1.0)]", "for offset in (0.0,)]", TWINS),
+    Fault("atp_fast/hf/rotations.py", "if count == 1:", "if count:", TWINS),
+    Fault(
+        "atp_fast/attribution/twins.py",
+        "value = values[0][: len(x)]",
+        "value = values[0][len(x) :]",
+        TWINS,
+    ),
+    Fault(
+        "atp_fast/attribution/runs.py",
+        "tape = _tape_together if plan.together and dense else _tape_apart",
+        "tape = _tape_apart",
+        STARTS,
+    ),
+    Fault(
+        "kernels/launch.py",
+        "    if scoring.key_mask is None:\n        return logsumexp\n",
+        "    return logsumexp\n",
+        "INTERPRET tests/test_ops_triton.py -k masked",
+    ),
     # pairs that share a start, batches, padding
     Fault(
         "atp_fast/engine.py",
@@ -66,14 +170,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/scores.py",
-        "self.per_pair[kind][place.rows, layer, columns] = kept",
-        "self.per_pair[kind][: len(kept), layer, columns] = kept",
+        "rows=place.rows if self.per_pair else None,",
+        "rows=torch.arange(len(place.rows)) if self.per_pair else None,",
         SWEEP,
     ),
     Fault(
         "atp_fast/attribution/scores.py",
-        "kept = score if self.method.graddrop else effect",
-        "kept = effect",
+        "pair_signed=not self.method.graddrop,",
+        "pair_signed=first == 0,",
         SWEEP,
     ),
     Fault(
@@ -81,10 +185,10 @@ FAULTS = [
     ),
     Fault("atp_fast/attribution/scores.py", "if len(first) > 1:", "if len(first) > 2:", SWEEP),
     Fault(
-        "atp_fast/attribution/scores.py",
-        "here = (source >= 0) & (source < x.shape[1])",
-        "here = source < x.shape[1]",
-        SWEEP,
+        "atp_fast/ops/reference.py",
+        "here = ((source >= 0) & (source < found.shape[2]))[..., None]",
+        "here = (source < found.shape[2])[..., None]",
+        ADDED,
     ),
     Fault(
         "atp_fast/attribution/sweep.py",
@@ -100,14 +204,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/sweep.py",
-        "inputs[count:] = cotangents[:1]",
-        "inputs[count:] = cotangents[-1:]",
+        "inputs.append(cotangents[:1])",
+        "inputs.append(cotangents[-1:])",
         "tests/test_sweep.py -k equals_the_literal",
     ),
     Fault(
         "atp_fast/attribution/sweep.py",
-        'self._reduce("k", found.effect_k[:, :, self.start :], first)',
-        'self._reduce("k", found.effect_k[:, :, : found.effect_k.shape[2] - self.start], first)',
+        'self._given("k", found.effect_k[:, :, self.start :], first)',
+        'self._given("k", found.effect_k[:, :, : found.effect_k.shape[2] - self.start], first)',
         SWEEP,
     ),
     Fault(
@@ -154,8 +258,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/sweep.py",
-        "if len(grad) == 1 or self.spans is not None:",
-        "if len(grad) == 1:",
+        "        if self.spans is None:\n            self._add(kind, first, grad, (clean, corrupted))",
+        "        if len(grad) > 1:\n            self._add(kind, first, grad, (clean, corrupted))",
         SPANS,
     ),
     Fault(

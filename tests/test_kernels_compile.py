@@ -113,3 +113,27 @@ def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyP
     assert [config.num_warps for config in tuned.configs] == [4, 8]
     assert grid(tuned.configs[1].kwargs) == (8,)
     assert launch._tuned(kernel, choices) is tuned
+
+
+@pytest.mark.parametrize(
+    ("cotangents", "chunk", "even"), [(1, 2, 1), (2, 2, 2), (3, 2, 2), (7, 6, 4), (12, 6, 6)]
+)
+def test_cotangents_are_shared_out_evenly(cotangents: int, chunk: int, even: int) -> None:
+    blocks = launch.Blocks(64, 64, chunk, 4, 2)
+    assert launch.shared_out((blocks, blocks), cotangents) == (blocks._replace(chunk=even),)
+
+
+def test_one_cotangent_starts_programs_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+    monkeypatch.setattr(launch, "_start", lambda kernel, grid, given: chunks.append(given["CHUNK"]))
+    x = compiled.tensors(torch.bfloat16, 64, 256)
+    one = x.grad_z[:1]
+    for start in (
+        compiled.attention_vjp.launch_query_gradients,
+        compiled.attention_vjp.launch_key_gradients,
+    ):
+        start(x.q, x.k, x.v, one, x.stats.logsumexp, x.mean[:1], x.scoring)
+    compiled.key_patch_effects.launch_other_effects(
+        x.q, x.k, x.v, x.k, one, x.stats, x.mean[:1], x.scoring
+    )
+    assert chunks == [1, 1, 1]

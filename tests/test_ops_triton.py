@@ -72,7 +72,8 @@ if not triton.INTERPRETED:
         "some", ["f32 and attention_vjp_effects", "not (f32 and attention_vjp_effects)"]
     )
     def test_in_the_interpreter(some: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        files = [__file__, *(f"tests/{name}" for name in ("test_add_effects.py", "test_norm.py"))]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         command += ["-p", "no:xdist", "-k", some]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         here = Path(

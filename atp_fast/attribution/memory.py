@@ -37,13 +37,14 @@ _AUTO_TAPE_SHARE = 1 / 16
 
 
 class SweepPlan(NamedTuple):
-    """How a sweep is done: pairs run together, cotangents taken at once, the first layer that leaves a tape, and the
-    type of the cotangents' products ("bf16", or None for the model's)."""
+    """How a sweep is done: pairs run together, cotangents taken at once, the first layer that leaves a tape, the type of
+    the cotangents' products ("bf16", or None for the model's), and whether a taped layer runs both prompts in one batch."""
 
     pairs: int
     chunk: int
     taped_from: int
     precision: str | None = None
+    together: bool = False
 
 
 class Budget(NamedTuple):
@@ -119,6 +120,7 @@ class Costs(NamedTuple):
 
     stored: int  # both runs' layer inputs
     tape: int  # what autograd keeps of one layer, the node values of both runs, the layer's outputs
+    twin: int  # what a tape keeps of the corrupted prompt, where both ran in one batch
     found: int  # of the layer at work: differences of node values, and neurons' effects while they are summed
     carried: int  # one cotangent: of a layer's output, and of its input
     mlp: int  # one cotangent on its way through the MLP: a gradient per activation that autograd keeps, and one more
@@ -141,6 +143,7 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
     return Costs(
         stored=item * 2 * (layers + 1) * hidden,
         tape=found.tape_bytes + item * (2 * values + 2 * hidden),
+        twin=found.tape_bytes,
         found=item * (values + 5 * neurons),
         carried=item * 2 * hidden,
         mlp=found.tape_bytes + item * found.neurons,
@@ -161,7 +164,8 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
     """
     cost, layers, pairs = costs(plug, size.kinds), len(plug.layers), plan.pairs
     always = pairs * (size.positions * cost.stored + size.prefix * cost.prefix)
-    tape = pairs * size.positions * cost.tape + (cost.narrow if size.precision == "bf16" else 0)
+    each = cost.tape + (cost.twin if plan.together else 0)
+    tape = pairs * size.positions * each + (cost.narrow if size.precision == "bf16" else 0)
     peak = always + (layers - plan.taped_from) * tape + pairs * size.logits * cost.logits
     for layer in range(layers):
         tapes = 1 + max(0, layer - plan.taped_from)
@@ -210,6 +214,12 @@ def plan_sweep(
         tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
     if plug.offloaded:  # a tape would hold its layer's weights in memory
         tapes = 0
+    if tapes == layers and size.precision is None:
+        plan = SweepPlan(batch, chunk, 0, together=True)
+        twins = layers * batch * size.positions * costs(plug, size.kinds).twin
+        room = budget.bytes - (twins / _AUTO_TAPE_SHARE if budget.auto else 0)
+        if estimate_sweep(plug, plan, size) <= room:
+            return plan
     while tapes and not fits(batch, chunk, tapes):
         tapes -= 1
     return SweepPlan(batch, chunk, layers - tapes, size.precision)

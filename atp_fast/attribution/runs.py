@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.tape import LayerTape, Values, keeper
+from atp_fast.attribution.twins import Twins, run_twins
 from atp_fast.hf import FiniteCheck, LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
 from atp_fast.nodes import ATTENTION_KINDS
@@ -147,25 +148,21 @@ def run_pairs(
         prefix_output=prefix_output,
         statistics=statistics,
     )
-    x, y = both[:batch], both[batch:]
-    finite = FiniteCheck()
     for number in range(len(plug.layers)):
-        runs.clean.append(x)
-        runs.corrupted.append(y)
+        runs.clean.append(both[:batch])
+        runs.corrupted.append(both[batch:])
         if plan is not None and number >= plan.taped_from:
-            tape = taped(plug, runs, number, kinds, plan.precision)
-            y, values = corrupted_values(plug, runs, number, kinds)
-            x = tape.out.detach()
-            runs.tapes[number] = tape, values
+            dense = plug.layers[number].down is not None  # no experts, to whom others' tokens go
+            tape = _tape_together if plan.together and dense else _tape_apart
+            both = tape(plug, runs, number, kinds, plan, both, doubled[number])
         else:
-            values = {}
+            values: Values = {}
             visit = keeper(values, (*kinds, "k", "v")) if keep_values else None
             run = LayerRun(
                 plug.backend, visit, _twice(prefixes[number]), tuple(kinds) if visit else ()
             )
             with torch.no_grad():
-                both = plug.run_layer(number, torch.cat([x, y]), doubled[number], run)
-            x, y = both[:batch], both[batch:]
+                both = plug.run_layer(number, both, doubled[number], run)
             if keep_values:
                 # copies, so that the rest of this layer's values can go
                 kept = {kind: values[kind][batch:].clone() for kind in kinds if kind in values}
@@ -174,12 +171,64 @@ def run_pairs(
                 )
                 k, v = values["k"][:batch], values["v"][:batch]
                 runs.keys_values.append(_joined(prefixes[number], k, v))
-        finite.note(x, f"layer {number}")
-        finite.note(y, f"layer {number}")
-    finite.check()
-    runs.clean.append(x)
-    runs.corrupted.append(y)
+    runs.clean.append(both[:batch])
+    runs.corrupted.append(both[batch:])
+    _check_finite(runs)
     return runs
+
+
+def _tape_apart(
+    plug: Plug,
+    runs: PairRuns,
+    number: int,
+    kinds: Sequence[str],
+    plan: SweepPlan,
+    both: Tensor,
+    doubled: LayerArguments,
+) -> Tensor:
+    """Leave a layer's tape of the clean run and the corrupted run's values in `runs`; both outputs, one behind the other."""
+    tape = taped(plug, runs, number, kinds, plan.precision)
+    y, values = corrupted_values(plug, runs, number, kinds)
+    runs.tapes[number] = tape, values
+    return torch.cat([tape.out.detach(), y])
+
+
+def _tape_together(
+    plug: Plug,
+    runs: PairRuns,
+    number: int,
+    kinds: Sequence[str],
+    plan: SweepPlan,
+    both: Tensor,
+    doubled: LayerArguments,
+) -> Tensor:
+    """_tape_apart, by one forward of both inputs."""
+    values: Values = {}
+    visit = keeper(values, (*kinds, *ATTENTION_KINDS))
+    prefix = _twice(runs.prefixes[number])
+    run = LayerRun(plug.backend, visit, prefix, tuple(kinds), statistics=runs.statistics)
+    twins = run_twins(plug, number, both, doubled, run)
+    tape = taped(plug, runs, number, kinds, plan.precision, twins)
+    kept = {kind: value[len(tape.x) :] for kind, value in values.items()}
+    kept["resid_pre"] = runs.corrupted[number]
+    runs.tapes[number] = tape, runs.aligned(plug, number, kept)
+    return twins.out
+
+
+def _check_finite(runs: PairRuns) -> None:
+    """ValueError that names the first layer whose output is not finite.
+
+    What is not finite stays so in the residual stream: the last output tells, and only then is the layer looked for.
+    """
+    last = len(runs.clean) - 1
+    for numbers in ([last], range(1, last + 1)):
+        finite = FiniteCheck()
+        for number in numbers:
+            finite.note(runs.clean[number], f"layer {number - 1}")
+            finite.note(runs.corrupted[number], f"layer {number - 1}")
+        if finite.first_bad() is None:
+            return
+    finite.check()
 
 
 def _joined(prefix: Prefix | None, k: Tensor, v: Tensor) -> Prefix:
@@ -212,11 +261,16 @@ def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
 
 
 def taped(
-    plug: Plug, runs: PairRuns, number: int, kinds: Sequence[str], precision: str | None = None
+    plug: Plug,
+    runs: PairRuns,
+    number: int,
+    kinds: Sequence[str],
+    precision: str | None = None,
+    twins: Twins | None = None,
 ) -> LayerTape:
     """A tape of one layer of the clean run."""
     x, arguments, prefix = runs.clean[number], runs.arguments[number], runs.prefixes[number]
-    return LayerTape(plug, number, x, arguments, prefix, kinds, precision, runs.statistics)
+    return LayerTape(plug, number, x, arguments, prefix, kinds, precision, runs.statistics, twins)
 
 
 def corrupted_values(

@@ -65,8 +65,9 @@ def sweep(
             while True:
                 try:
                     # the layer's tape is gone when this returns
-                    layer = _Layer(plug, runs, plan, scores, number, place, spans, added)
-                    cotangents = layer.sweep(cotangents, chunk)
+                    cotangents = _Layer(
+                        plug, runs, plan, scores, number, place, spans, added
+                    ).sweep(cotangents, chunk)
                     break
                 except torch.OutOfMemoryError:
                     taken = min(chunk, len(cotangents))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.attribution.precision import NarrowCotangents
+from atp_fast.attribution.twins import Given, Twins
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
 from atp_fast.nodes import ATTENTION_KINDS
 
@@ -44,16 +45,22 @@ class LayerTape:
         kinds: Sequence[str],
         precision: str | None = None,
         statistics: bool = False,
+        twins: Twins | None = None,
     ) -> None:
         """precision: "bf16" to take cotangents through the layer's linear maps in bfloat16; statistics: attention notes
-        those of the key fix."""
+        those of the key fix; twins: the layer's run on this and another prompt in one batch, whose results are taken."""
         self.x = x.detach().requires_grad_()
         self.values: Values = {"resid_pre": self.x}
         visit = keeper(self.values, (*kinds, *ATTENTION_KINDS))
         self.run = LayerRun(
             plug.backend, visit, prefix, tuple(kinds), statistics=statistics, cut=True
         )
-        with torch.enable_grad(), NarrowCotangents() if precision == "bf16" else nullcontext():
+        mode: AbstractContextManager[object] = nullcontext()
+        if twins is not None:
+            self.run.given, mode = twins.attention(len(x)), Given(twins.noted)
+        elif precision == "bf16":
+            mode = NarrowCotangents()
+        with torch.enable_grad(), mode:
             self.out = plug.run_layer(number, self.x, arguments, self.run)
 
     def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:

@@ -59,7 +59,8 @@ class LayerRun:
     """One layer's run: what goes in beside its input, and what its attention and experts left behind.
 
     statistics: those of the key fix are noted; cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k
-    and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row.
+    and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row;
+    given: z and the statistics, where they are known.
     """
 
     backend: str = "auto"
@@ -69,6 +70,7 @@ class LayerRun:
     statistics: bool = False
     cut: bool = False
     stop: bool = False
+    given: tuple[Tensor, ops.AttentionStats] | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -93,7 +95,7 @@ class LayerRun:
         if self.stop:
             self.k, self.v = k, v
             raise Stopped
-        z, stats = ops.attention(
+        z, stats = self.given or ops.attention(
             q.detach(),
             k.detach(),
             v.detach(),

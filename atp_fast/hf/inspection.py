@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from atp_fast.hf.attention import LayerRun, Mixture, running
+from atp_fast.hf.norms import FoundNorm
 
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
@@ -28,6 +30,8 @@ class Layer:
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None
     activations: Sequence[nn.Module] = ()
+    norms: Sequence[FoundNorm] = ()
+    rotations: Sequence[ModuleType] = ()
 
 
 @dataclass
@@ -209,14 +213,18 @@ class FiniteCheck:
             self.places.append(where)
             self.largest.append(torch.linalg.vector_norm(x.detach(), torch.inf))
 
-    def check(self) -> None:
-        """ValueError that names the first place where a noted tensor held NaN or infinity."""
+    def first_bad(self) -> str | None:
+        """The first place where a noted tensor held NaN or infinity, None if none did."""
         if not self.largest:
-            return
+            return None
         first = self.largest[0]
         finite = torch.stack([x.to(first.device) for x in self.largest]).isfinite().tolist()
-        if not all(finite):
-            where = self.places[finite.index(False)]
+        return None if all(finite) else self.places[finite.index(False)]
+
+    def check(self) -> None:
+        """ValueError that names the first place where a noted tensor held NaN or infinity."""
+        where = self.first_bad()
+        if where is not None:
             raise ValueError(
                 f"model gives activations that are not finite (NaN or infinity) in {where}"
             )

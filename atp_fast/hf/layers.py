@@ -24,6 +24,8 @@ from atp_fast.hf.activations import find_activations, fused
 from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, running
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
+from atp_fast.hf.norms import find_norms, own_norms
+from atp_fast.hf.rotations import find_rotations, own_rotations
 
 
 class LayerArguments(NamedTuple):
@@ -73,7 +75,15 @@ class LayeredModel:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
         self.list_parent, self.list_name, modules = self._find_layers()
-        self.layers = [Layer(module, activations=find_activations(module)) for module in modules]
+        self.layers = [
+            Layer(
+                module,
+                activations=find_activations(module),
+                norms=find_norms(module),
+                rotations=find_rotations(module),
+            )
+            for module in modules
+        ]
 
     def _find_layers(self) -> tuple[nn.Module, str, list[nn.Module]]:
         count = self.model.config.get_text_config(decoder=True).num_hidden_layers
@@ -208,6 +218,13 @@ class LayeredModel:
             )
         return steps[0].hidden, arguments
 
+    @contextlib.contextmanager
+    def own_parts(self, layer: Layer) -> Iterator[None]:
+        """Inside, what is recognised of the layer runs by functions of ours."""
+        norms, rotations = own_norms(layer.norms, self.backend), own_rotations(layer.rotations)
+        with fused(layer.activations), norms, rotations:
+            yield
+
     def run_layer(self, number: int, x: Tensor, arguments: LayerArguments, run: LayerRun) -> Tensor:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
@@ -215,7 +232,7 @@ class LayeredModel:
         token = running.set(run)
         try:
             with contextlib.ExitStack() as hooks:
-                hooks.enter_context(fused(layer.activations))
+                hooks.enter_context(self.own_parts(layer))
                 for kind, module in self._watched(layer, run.kinds):
                     hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
                 out = layer.module(x, *arguments.args, **arguments.kwargs)

@@ -75,7 +75,8 @@ class Plug(LayeredModel):
             x = x.detach().requires_grad_()
             streams.append(x.detach())
             try:
-                out, calls = trace(layer, x, *arguments[number], run)
+                with self.own_parts(layer):
+                    out, calls = trace(layer, x, *arguments[number], run)
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"

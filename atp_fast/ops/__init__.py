@@ -26,6 +26,7 @@ from atp_fast.ops.backends import availability, backend_for, load
 from atp_fast.ops.reference import (
     AttentionEffects,
     AttentionStats,
+    Norm,
     Scoring,
     accumulation_dtype,
 )
@@ -39,9 +40,13 @@ __all__ = [
     "attention_vjp_effects",
     "availability",
     "backend_for",
+    "Norm",
     "key_patch_effects",
     "node_effects",
+    "norm",
+    "norm_vjp",
     "query_patch_effects",
+    "rotate",
 ]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -395,3 +400,94 @@ def add_effects(
         None if rows is None else rows.contiguous(),
         pair_signed,
     )
+
+
+def _check_like(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+    if x is None:
+        return
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} as x is, got {x.dtype} on {x.device}"
+        )
+
+
+def _check_rows(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if not 2 <= x.ndim <= 4:
+        raise ValueError(f"x must have two to four axes, got shape {tuple(x.shape)}")
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    how: Norm,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467): y = (x - mean) rstd (weight + offset) + bias.
+
+    x: (..., width), two to four axes; weight, bias: (width,), the same dtype; how: eps, whether rows are centred (mean is
+    0 where not), whether (x - mean) rstd is rounded to x's dtype, and the offset. rstd = 1 / sqrt(mean((x - mean)^2) + eps).
+    Returns y, mean (None unless centred) and rstd, (...) in the accumulation dtype.
+    """
+    _check_rows(x)
+    _check_like("weight", weight, x, x.shape[-1:])
+    _check_like("bias", bias, x, x.shape[-1:])
+    module = load(backend_for(x, backend))
+    found: tuple[Tensor, Tensor | None, Tensor] = module.norm(x, weight, bias, how)
+    return found
+
+
+def norm_vjp(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    mean: Tensor | None,
+    rstd: Tensor,
+    grad: Tensor,
+    how: Norm,
+    before: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Vector-Jacobian products of `norm` by x for C cotangents, added to `before`.
+
+    mean, rstd: from `norm`; grad, before: (C, *x.shape). Returns the same shape, in x's dtype.
+    """
+    _check_rows(x)
+    _check_like("weight", weight, x, x.shape[-1:])
+    _check_like("grad", grad, x, (*grad.shape[:1], *x.shape))
+    _check_like("before", before, x, tuple(grad.shape))
+    if (mean is None) == how.centred:
+        raise ValueError(
+            f"mean must be given where rows are centred only, got centred {how.centred}"
+        )
+    module = load(backend_for(x, backend))
+    found: Tensor = module.norm_vjp(x, weight, mean, rstd, grad, how, before)
+    return found
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, *, adjoint: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Queries or keys rotated by position (RoPE, arXiv 2104.09864), halves paired as the models do; or the adjoint.
+
+    y = x cos + rotate_half(x) sin over the first `rotated` elements, the rest unchanged. x: (batch, heads, positions,
+    head_dim), or with an axis of cotangents ahead; cos, sin: (batch, positions, rotated), rotated even, the same dtype.
+    Returns x's shape; heads lie side by side in memory.
+    """
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x must have four or five axes, got shape {tuple(x.shape)}")
+    whole = x if x.ndim == 5 else x[None]
+    _, batch, _, positions, head_dim = whole.shape
+    if cos.shape[-1] % 2 or cos.shape[-1] > head_dim:
+        raise ValueError(f"cos must have an even width up to {head_dim}, got {cos.shape[-1]}")
+    _check_like("cos", cos, x, (batch, positions, cos.shape[-1]))
+    _check_like("sin", sin, x, tuple(cos.shape))
+    found: Tensor = load(backend_for(x, backend)).rotate(whole, cos, sin, adjoint)
+    return found if x.ndim == 5 else found[0]

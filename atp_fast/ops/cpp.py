@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from atp_fast import _C
-from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring, accumulation_dtype
+from atp_fast.ops.reference import (
+    AttentionEffects,
+    AttentionStats,
+    Norm,
+    Scoring,
+    accumulation_dtype,
+)
 
 _Passed = tuple[int, int, tuple[int, ...]]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -259,3 +265,84 @@ def add_effects(
         pair_signed,
         torch.get_num_threads(),
     )
+
+
+def _norm_sizes(x: Tensor, cotangents: int) -> tuple[int, int, int, int, int]:
+    a, b, c = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
+    return cotangents, a, b, c, x.shape[-1]
+
+
+def _norm_passed(x: Tensor, cotangents: bool) -> _Passed:
+    """A tensor as five axes: cotangents, three leading ones, the width."""
+    address, dtype, steps = _passed(x)
+    ahead, steps = (steps[:1], steps[1:]) if cotangents else ((0,), steps)
+    return address, dtype, ahead + (0,) * (4 - len(steps)) + steps
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: Norm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Normalised rows, and the means (None unless centred) and reciprocal deviations."""
+    dtype = accumulation_dtype(x)
+    y = torch.empty_like(x) if x.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
+    mean = torch.empty(x.shape[:-1], dtype=dtype) if how.centred else None
+    rstd = torch.empty(x.shape[:-1], dtype=dtype)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    addresses = (weight.data_ptr(), _address(bias), _address(mean), rstd.data_ptr(), 0)
+    _C.norm(
+        _norm_sizes(x, 1),
+        _norm_passed(x, False),
+        _NOTHING,
+        _norm_passed(y, False),
+        addresses,
+        how.eps,
+        how.offset,
+        how.rounded,
+        torch.get_num_threads(),
+    )
+    return y, mean, rstd
+
+
+def norm_vjp(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    grad: Tensor,
+    how: Norm,
+    before: Tensor | None,
+) -> Tensor:
+    """The adjoint of `norm` for every cotangent, added to `before`."""
+    weight = weight.to(accumulation_dtype(x))
+    out = torch.empty((len(grad), *x.shape), dtype=x.dtype)
+    before = None if before is None else before.contiguous()
+    addresses = (weight.data_ptr(), 0, _address(mean), rstd.data_ptr(), _address(before))
+    _C.norm(
+        _norm_sizes(x, len(grad)),
+        _norm_passed(x, False),
+        _norm_passed(grad, True),
+        _norm_passed(out, True),
+        addresses,
+        how.eps,
+        how.offset,
+        how.rounded,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
+    """Queries or keys rotated by position, or the adjoint; heads side by side in memory."""
+    outer, batch, heads, positions, dim = x.shape
+    out = torch.empty((outer, batch, positions, heads, dim), dtype=x.dtype).transpose(2, 3)
+    _C.rotate(
+        (outer, batch, heads, positions, dim, cos.shape[-1]),
+        _passed(x),
+        _passed(cos),
+        _passed(sin),
+        adjoint,
+        _passed(out),
+        torch.get_num_threads(),
+    )
+    return out

@@ -31,6 +31,13 @@ class AttentionStats(NamedTuple):
     loo_logsumexp: Tensor | None
     loo_z: Tensor | None
 
+    def rows(self, count: int) -> AttentionStats:
+        """Those of the first rows of the batch."""
+        z, logsumexp, *rest = self
+        return AttentionStats(
+            z[:count], logsumexp[:count], *(None if x is None else x[:count] for x in rest)
+        )
+
     def leave_one_out(self) -> tuple[Tensor, Tensor, Tensor]:
         """top_key, loo_logsumexp and loo_z, which must be there."""
         assert self.top_key is not None
@@ -293,3 +300,67 @@ def add_effects(
         effect += found[:1].sum((0, 1))
     if per_pair is not None and rows is not None:
         per_pair[rows] += found[:1].sum(0) if pair_signed else magnitude
+
+
+class Norm(NamedTuple):
+    """How a row is normalised: centred, rounded to x's dtype before the weight, with which number added to the weight."""
+
+    eps: float
+    centred: bool = False
+    rounded: bool = False
+    offset: float = 0.0
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: Norm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """n (weight + offset) + bias with n = (x - mean) rstd; and mean (None unless centred) and rstd, wide."""
+    wide_x = wide(x)
+    mean = wide_x.mean(-1) if how.centred else None
+    centred = wide_x if mean is None else wide_x - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(-1) + how.eps)
+    n = centred * rstd[..., None]
+    if how.rounded:
+        n = wide(n.to(x.dtype))
+    y = n * (wide(weight) + how.offset)
+    if bias is not None:
+        y = y + wide(bias)
+    return y.to(x.dtype), mean, rstd
+
+
+def norm_vjp(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    grad: Tensor,
+    how: Norm,
+    before: Tensor | None,
+) -> Tensor:
+    """rstd (h - mean(h) [centred] - n mean(h n)) + before, h = grad (weight + offset), per cotangent."""
+    n = wide(x) if mean is None else wide(x) - mean[..., None]
+    n = n * rstd[..., None]
+    h = wide(grad) * (wide(weight) + how.offset)
+    found = h - n * (h * n).mean(-1, keepdim=True)
+    if mean is not None:
+        found = found - h.mean(-1, keepdim=True)
+    found = found * rstd[..., None]
+    return (found if before is None else found + wide(before)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
+    """x cos + rotate_half(x) sin over the first elements, the rest unchanged; narrow products are rounded one by one, as
+    the models' own code does, but not the adjoint's."""
+    rotated = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+    part, rest = x[..., :rotated], x[..., rotated:]
+
+    def swapped(y: Tensor) -> Tensor:
+        first, second = y.chunk(2, -1)
+        return torch.cat([second, -first] if adjoint else [-second, first], -1)
+
+    if adjoint:
+        part = wide(part) * wide(cos) + swapped(wide(part) * wide(sin))
+    else:
+        part = part * cos + swapped(part) * sin
+    return torch.cat([part.to(x.dtype), rest], -1)

@@ -19,8 +19,10 @@ from atp_fast.kernels.launch import INTERPRETED as INTERPRETED
 from atp_fast.kernels.launch import Scoring as KernelScoring
 from atp_fast.kernels.launch import check_dims
 from atp_fast.kernels.node_effects import launch_node_effects
+from atp_fast.kernels.norm import launch_norm, launch_norm_vjp
 from atp_fast.kernels.query_patch_effects import launch_query_patch_effects
-from atp_fast.ops.reference import AttentionEffects, AttentionStats, Scoring
+from atp_fast.kernels.rotate import launch_rotate
+from atp_fast.ops.reference import AttentionEffects, AttentionStats, Norm, Scoring
 
 
 def _width(q: Tensor, v: Tensor) -> int:
@@ -68,16 +70,19 @@ def _columns(x: Tensor, like: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, statistics: bool = True
 ) -> tuple[Tensor, AttentionStats]:
-    """z in q's dtype and the row statistics, those of the leave-one-out rule if they are asked for."""
+    """z in q's dtype, heads side by side in memory as the layer's next product reads them, and the row statistics, those of
+    the leave-one-out rule if they are asked for."""
     width = _width(q, v)
     aligned = tuple(_aligned(x, width) for x in (q, k, v))
-    if not statistics:
+    if statistics:
+        out = launch_attention(*aligned, KernelScoring(*scoring))
+        stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
+    else:
         wide_z, logsumexp = launch_attention_z(*aligned, KernelScoring(*scoring))
-        wide_z = _columns(wide_z, v)
-        return wide_z.to(q.dtype), AttentionStats(wide_z, logsumexp, None, None, None)
-    out = launch_attention(*aligned, KernelScoring(*scoring))
-    stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
-    return stats.z.to(q.dtype), stats
+        stats = AttentionStats(_columns(wide_z, v), logsumexp, None, None, None)
+    batch, heads, queries, v_dim = stats.z.shape
+    z = torch.empty((batch, queries, heads, v_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    return z.copy_(stats.z), stats
 
 
 def attention_vjp(
@@ -184,3 +189,43 @@ def add_effects(
         rows,
         pair_signed,
     )
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: Norm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Normalised rows, and the means (None unless centred) and reciprocal deviations."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows = x.shape[:-1]
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device) if how.centred else None
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x), mean, rstd
+    launch_norm(x, weight, bias, how.eps, how.centred, how.rounded, how.offset, out)
+    return out
+
+
+def norm_vjp(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    grad: Tensor,
+    how: Norm,
+    before: Tensor | None,
+) -> Tensor:
+    """The adjoint of `norm` for every cotangent, added to `before`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    out = torch.empty((len(grad), *x.shape), dtype=x.dtype, device=x.device)
+    before = None if before is None else before.contiguous()
+    launch_norm_vjp(x, weight, mean, rstd, grad, how.offset, before, out)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
+    """Queries or keys rotated by position, or the adjoint; heads side by side in memory."""
+    outer, batch, heads, positions, dim = x.shape
+    shape = (outer, batch, positions, heads, dim)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device).transpose(2, 3)
+    launch_rotate(x, cos, sin, adjoint, out)
+    return out

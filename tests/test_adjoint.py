@@ -1,0 +1,153 @@
+"""The walk over autograd's graph against torch.autograd.grad, one cotangent at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atp_fast.attribution.adjoint import Adjoint
+from atp_fast.ops import Norm
+from atp_fast.ops.functions import norm, rotate
+from atp_fast.ops.linear import linear
+
+W, V, B = (torch.randn(shape, dtype=torch.float64) for shape in ((8, 6), (6, 8), (8,)))
+ROWS = torch.randn(3, 1, dtype=torch.float64)
+TABLE = torch.randn(1, 3, 4, dtype=torch.float64)
+
+
+def swap(x: Tensor) -> Tensor:
+    return x.view(2, 3, 2, 3).transpose(1, 2).transpose(-2, -1).reshape(2, 2, 9)
+
+
+def heads(x: Tensor) -> Tensor:
+    q = rotate(
+        F.linear(x, W).view(2, 3, 2, 4).transpose(1, 2),
+        TABLE.expand(2, -1, -1),
+        TABLE.expand(2, -1, -1),
+        "cpp",
+    )
+    return q.transpose(1, 2).reshape(2, 3, 8)
+
+
+def split(x: Tensor) -> Tensor:
+    a, b, c = x.chunk(3, -1)
+    return a * 2 + b.exp() * c
+
+
+def block(x: Tensor) -> Tensor:
+    n = norm(x, V[:, 0], V[:, 1], Norm(1e-5, centred=True), "cpp")
+    gated = F.silu(F.linear(n, W, B)) * F.linear(n, W)
+    return x + F.linear(gated, V) + F.gelu(F.linear(n, W), approximate="tanh") @ V.t()
+
+
+def alike(x: Tensor) -> Tensor:
+    y = x + x
+    return y + norm(y, V[:, 0], None, Norm(1e-6), "reference") + y.clone()
+
+
+def shared(x: Tensor) -> Tensor:
+    """One gradient goes two ways, on each of which another is added."""
+    a, b = x * 2, x.exp()
+    return F.linear(a + b, W) + F.linear(a, W, B) * 3 + F.linear(b, W) * 4
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, power, x):
+        ctx.save_for_backward(x)
+        ctx.power = power
+        return x**power
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return None, ctx.power * x ** (ctx.power - 1) * grad
+
+
+GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: F.linear(x, W, B),
+    "own linear": lambda x: linear(x, W.t().contiguous(), B),
+    "addmm": lambda x: torch.addmm(B, x.view(-1, 6), W.t()).view(2, 3, 8),
+    "scaled addmm": lambda x: torch.addmm(B, x.view(-1, 6), W.t(), alpha=2),
+    "product of two": lambda x: x @ x.transpose(1, 2),
+    "axes": swap,
+    "heads": heads,
+    "split": split,
+    "part of a split": lambda x: x.chunk(3, -1)[1] * 3,
+    "broadcast": lambda x: x[:1] + ROWS * x + x.sum(1, keepdim=True),
+    "subtraction": lambda x: torch.sub(x, x * x, alpha=3),
+    "block": block,
+    "sums of one": alike,
+    "one gradient two ways": shared,
+    "scaled sum": lambda x: torch.add(x, x * x, alpha=3),
+    "float32 between": lambda x: (x.float() * 2).double() + x,
+    "foreign function": lambda x: Cube.apply(3, x) + torch.softmax(x, -1),
+}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_it_is_autograds(name: str, count: int) -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    out = GRAPHS[name](x)
+    cotangents = torch.randn(count, *out.shape, dtype=torch.float64)
+    before = cotangents.clone()
+    wanted = [torch.autograd.grad(out, x, c, retain_graph=True)[0] for c in cotangents]
+    walk = Adjoint([out], [x])
+    for _ in range(2):  # the graph stays
+        (got,) = walk([cotangents])
+        torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-6, atol=1e-6)
+    ahead = torch.randn_like(got)
+    (summed,) = walk([cotangents], [ahead.clone()])
+    torch.testing.assert_close(summed, torch.stack(wanted) + ahead, rtol=1e-6, atol=1e-6)
+    assert torch.equal(cotangents, before)
+
+
+def test_what_lies_between_is_handed_out_whole() -> None:
+    """Gradients of a value and of what it is made of, and of what does not matter."""
+    x, z, other = (torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    inner = F.linear(x, W) * 2
+    flat = inner.reshape(2, 3, 8)
+    out = F.linear(flat, V) + x + z * z
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    got = Adjoint([out], [z, flat, x, other])([cotangents])
+    for n, c in enumerate(cotangents):
+        wanted = torch.autograd.grad(out, [z, flat, x], c, retain_graph=True)
+        for ours, theirs in zip(got, wanted, strict=False):
+            torch.testing.assert_close(ours[n], theirs)
+    assert got[3].shape == (3, 2, 3, 6)
+    assert not got[3].any()
+
+
+def test_what_was_handed_out_is_not_written_to() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    inner = x * 2
+    moved = inner + 1
+    out = F.linear(moved, W) + F.linear(inner, W) * 3
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    got = Adjoint([out], [moved, x])([cotangents])
+    for n, c in enumerate(cotangents):
+        wanted = torch.autograd.grad(out, [moved, x], c, retain_graph=True)
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours[n], theirs)
+
+
+def test_several_outputs_at_once() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    first, second = F.linear(x, W), x * 3
+    given = [torch.randn(2, *y.shape, dtype=torch.float64) for y in (first, second)]
+    (got,) = Adjoint([first, second], [x])(given)
+    for n in range(2):
+        wanted = torch.autograd.grad([first, second], x, [g[n] for g in given], retain_graph=True)
+        torch.testing.assert_close(got[n], wanted[0])
+
+
+def test_no_step_of_a_recognised_layer_is_vmaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    out = block(x)
+    monkeypatch.setattr(torch.func, "vmap", None)
+    Adjoint([out], [x])([torch.randn(4, *out.shape, dtype=torch.float64)])

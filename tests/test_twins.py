@@ -1,0 +1,145 @@
+"""Parts of a layer found and run by functions of ours, and both prompts in one forward."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import atp_fast.engine
+import zoo
+from atp_fast import Engine
+from atp_fast.attribution.twins import Given, Noting
+from atp_fast.hf.norms import find_norms
+from atp_fast.hf.rotations import find_rotations, own_rotations
+from atp_fast.ops import Norm
+from atp_fast.ops.functions import norm
+
+NORMS = {
+    "gpt2": (2, Norm(1e-5, centred=True)),
+    "gpt_neox": (2, Norm(1e-5, centred=True)),
+    "llama": (2, Norm(1e-6, rounded=True)),
+    "qwen3": (4, Norm(1e-6, rounded=True)),
+    "gemma3": (6, Norm(1e-6, offset=1.0)),
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_found_by_what_they_compute(family: str) -> None:
+    model = zoo.build(family, torch.bfloat16)
+    engine = Engine(model, "reference")
+    count, how = NORMS[family]
+    for layer in engine.plug.layers:
+        assert [found.how for found in layer.norms] == [how] * count
+
+
+class Other(nn.Module):
+    """Nearly an RMSNorm."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.kind = nn.Parameter(torch.ones(8) * 1.5), 1e-3, kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        power = x.square().mean(-1, keepdim=True)
+        if self.kind == "eps outside":
+            return self.weight * x / (power.sqrt() + self.eps)
+        if self.kind == "twice":
+            return 2 * self.weight * x * torch.rsqrt(power + self.eps)
+        return self.weight * x * torch.rsqrt(power + self.eps)
+
+
+def test_what_computes_something_else_is_left_alone() -> None:
+    assert [found.how for found in find_norms(Other("itself"))] == [Norm(1e-3)]
+    assert find_norms(Other("eps outside")) == []
+    assert find_norms(Other("twice")) == []
+
+
+def test_rotations_are_back_when_the_last_layer_has_left() -> None:
+    model = zoo.build("llama")
+    (file,) = find_rotations(model.model.layers[0])
+    own = file.apply_rotary_pos_emb
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with own_rotations([file]):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with own_rotations([file]):
+        assert file.apply_rotary_pos_emb is not own
+        thread.start()
+        assert inside.wait(10)
+    assert file.apply_rotary_pos_emb is not own
+    leave.set()
+    thread.join()
+    assert file.apply_rotary_pos_emb is own
+
+
+def test_a_rotation_of_other_pairs_stays_the_models() -> None:
+    """Neighbours turned together instead of halves."""
+    file: Any = type(sys)("turned")
+
+    def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+            return x * cos[:, None] + swapped * sin[:, None]
+
+        return turn(q), turn(k)
+
+    file.apply_rotary_pos_emb = turned
+    from atp_fast.hf.attention import LayerRun, running
+
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8)
+    cos, sin = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    token = running.set(LayerRun("reference"))
+    try:
+        with own_rotations([file]):
+            found = file.apply_rotary_pos_emb(q, k, cos, sin)
+    finally:
+        running.reset(token)
+    for got, right in zip(found, turned(q, k, cos, sin), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox", "opt"])
+def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build(family, torch.float32)
+    pairs, whole, found = zoo.mixed_pairs(model, "left"), atp_fast.engine.sweep, []
+    seen = []
+
+    def planned(together: bool) -> Any:
+        def sweep(plug: Any, pairs: Any, metric: Any, plan: Any, *args: Any, **named: Any) -> Any:
+            seen.append(plan.together)
+            return whole(plug, pairs, metric, plan._replace(together=together), *args, **named)
+
+        return sweep
+
+    for together in (True, False):
+        monkeypatch.setattr(atp_fast.engine, "sweep", planned(together))
+        engine = Engine(model, "cpp")
+        found.append(engine.attribute(pairs, progress=False).contribution)
+    assert all(seen)  # it is what the plan says where there is room
+    for kind, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][kind], rtol=2e-4, atol=2e-6)
+
+
+def test_another_order_of_calls_is_noticed() -> None:
+    x, weight = torch.randn(4, 3), torch.ones(3)
+    with torch.no_grad(), Noting() as noting:
+        norm(x, weight, None, Norm(1e-5), "reference")
+    half, short = x[:2].clone().requires_grad_(), x[:1].clone().requires_grad_()
+    message = "a layer called .* where it had not before"
+    with pytest.raises(RuntimeError, match=message), Given(noting.noted):
+        torch.nn.functional.linear(half, weight[None])
+    with pytest.raises(RuntimeError, match=message), Given(noting.noted):
+        norm(short, weight, None, Norm(1e-5), "reference")
+    with Given(noting.noted):
+        assert torch.equal(
+            norm(half, weight, None, Norm(1e-5), "reference"), noting.noted[0][1][0][:2]
+        )
