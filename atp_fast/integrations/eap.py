@@ -258,10 +258,10 @@ def neuron_importances(
     *,
     higher_is_better: bool | None = None,
 ) -> Importances:
-    """Node and neuron scores by plain AtP: corrupted minus clean write, times the clean run's gradient, entry by entry.
+    """Neuron scores by plain AtP: corrupted minus clean write, times the clean run's gradient, entry by entry.
 
     Of each pair the sum over positions, then the mean over pairs. A neuron is one of the d_model entries of a node's write;
-    the entries of a node add up to its score. QK fix and GradDrop are about whole vectors: there are no such scores.
+    the entries of a node add up to its score under method "atp". QK fix and GradDrop are about whole vectors: there are no such scores.
     Signs and higher_is_better as in node_importances. Raises what Engine.attribute raises for pairs, metric and model,
     NotImplementedError for a model whose heads do not go through one projection.
     """
@@ -296,8 +296,7 @@ def neuron_importances(
             live = runs.differs()[..., None]
             moved = corrupted_values(plug, runs, 0, ())[1]["resid_pre"] - runs.clean[0]
             neurons[0] += (moved * cotangent * live).sum((0, 1))
-    neurons = sign * neurons / len(pairs)
-    return Importances(shape, nodes=neurons.sum(1), neurons=neurons)
+    return Importances(shape, neurons=sign * neurons / len(pairs))
 
 
 def _layer(
