@@ -181,11 +181,14 @@ class Importances:
         _check_names("nodes", [name for name in given if name != "logits"], shape.sources)
         scored = any("score" in given[name] for name in shape.sources if name in given)
         nodes = [given.get(name, {}).get("score", torch.nan) for name in shape.sources]
-        edges = torch.zeros(len(shape.sources), len(shape.destinations))
-        places = {name: (row, column) for name, row, column in shape.edges()}
+        places = {name: place for name, *place in shape.edges()}
         _check_names("edges", record["edges"], places)
-        for name, edge in record["edges"].items():
-            edges[places[name]] = float(edge.get("score", 0.0))
+        edges = torch.zeros(len(shape.sources), len(shape.destinations))
+        if record["edges"]:
+            rows, columns = zip(*(places[name] for name in record["edges"]), strict=True)
+            edges[rows, columns] = torch.tensor(
+                [float(edge.get("score", 0.0)) for edge in record["edges"].values()]
+            )
         neurons = None
         if any("neurons_scores" in entry for entry in given.values()):
             neurons = torch.stack(
@@ -219,7 +222,8 @@ def _row(shape: GraphShape, name: str, entry: dict[str, Any]) -> Tensor:
 
 
 def _check_names(what: str, given: Any, known: Any) -> None:
-    unknown = [name for name in given if name not in set(known)]
+    known = set(known)
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(f"{what} must be those of its cfg, got {unknown[0]!r}")
 

@@ -391,5 +391,5 @@ def test_the_demo_model_s_circuits(tmp_path):
     assert importances.shape == GraphShape(30, 9, 576, False)
     assert numbers["by_size"]["sizes"] == [0, 0, 1, 3, 6, 15, 30, 60, 150, 301]
     assert numbers["by_score"]["faithfulness"][-1] == pytest.approx(1, abs=1e-4)
-    assert numbers["full"] > 1 > numbers["empty"]
+    assert numbers["full"] > numbers["empty"] + 4
     assert numbers["by_score"]["faithfulness"][-2] > 0.5
