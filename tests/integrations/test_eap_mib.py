@@ -78,7 +78,7 @@ def sum_row(a, b, c, d, operator="+", counterfactual=True):
 TEXT = "When Mary and John David Michael went to the bar, gave a drink Answer: A. B. C. D. E. F. G. H. + - = 7 8 9"
 ROWS = {
     "ioi": [ioi_row("John"), ioi_row("David", third="John"), ioi_row("Zebediah"), ioi_row("John", third="Xi")],
-    "mcqa": [choice_row(0, 2), choice_row(3, 1), choice_row(0, 1, others="EFGH"), choice_row(1, 0, labels="A?CD")],
+    "mcqa": [choice_row(0, 2), choice_row(3, 1), choice_row(0, 1, others="EFGH"), choice_row(1, 0, labels=("A", "xyz", "C", "D"))],
     "arithmetic-addition": [
         sum_row(3, 4, 2, 6),
         sum_row(3, 4, 2, 6, "-"),
@@ -124,7 +124,7 @@ def test_rows_that_do_not_line_up_are_left_out_and_counted():
     odd = ioi_row("John") | {"s2_io_flip_counterfactual": {"prompt": "When Mary went"}}
     same = ioi_row("Mary")
     with pytest.warns(
-        UserWarning, match="2 of 3 rows are left out: pair.*|2 of 3 rows .* row 1 must have as many"
+        UserWarning, match="2 of 3 rows are left out: row 1 must have as many tokens"
     ):
         pairs = pairs_from_mib([ioi_row("John"), odd, same], TOKENIZER, "ioi")
     assert len(pairs) == 1
@@ -149,22 +149,12 @@ def test_mib_s_own_reader_gives_the_same(monkeypatch, task):
     pytest.importorskip("eap.graph")
     theirs = pytest.importorskip("MIB_circuit_track.dataset")
     from datasets import Dataset
+    from MIB_circuit_track.utils import TASKS_TO_HF_NAMES
 
-    rows = ROWS[task]
-    asked = []
-
-    def load(url, *config, split, token):
-        asked.append(url)
-        return Dataset.from_list(rows)
-
-    monkeypatch.setattr(theirs, "load_dataset", load)
-    name = task.replace("-", "_")
+    rows, name = ROWS[task], task.replace("-", "_")
+    assert TASKS_TO_HF_NAMES[name] == DATA_SETS[task]
+    monkeypatch.setattr(theirs, "load_dataset", lambda *_, **__: Dataset.from_list(rows))
     expected = list(theirs.HFEAPDataset(f"mib-bench/{DATA_SETS[task]}", TOKENIZER, task=name))
-    assert (
-        theirs.TASKS_TO_HF_NAMES[name] == DATA_SETS[task]
-        if hasattr(theirs, "TASKS_TO_HF_NAMES")
-        else asked
-    )
     pairs = pairs_from_mib(rows, TOKENIZER, task, prepend_bos=False)
     assert len(pairs) == len(expected) > 0
     for pair, (clean, corrupted, labels) in zip(pairs, expected, strict=True):
