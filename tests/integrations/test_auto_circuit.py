@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from atp_fast.integrations.auto_circuit import prune_scores
 from atp_fast.integrations.eap import node_importances
 from atp_fast.integrations.eap_faithfulness import evaluate
 from atp_fast.integrations.graph_shape import NODES, GraphShape, source_scores
+from tokenizers_for_tests import bpe
 
 LENGTH = 6
 
@@ -72,6 +75,20 @@ def test_a_run_that_does_not_fit_is_told():
     _, _, _, found, _ = attributed("llama")
     with pytest.raises(ValueError, match="found must have 2 heads a layer, as shape has, got 4"):
         prune_scores(found, GraphShape(3, 2, 32, False))
+
+
+def test_the_page_s_example_runs(monkeypatch, tmp_path, capsys):
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "auto_circuit.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    tokenizer = bpe()
+    small = zoo.build("llama", dtype=torch.float32, vocab_size=len(tokenizer))
+    monkeypatch.setattr("atp_fast.load_model", lambda name: (small, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(block, "auto_circuit.md", "exec"), scope)
+    assert capsys.readouterr().out == "torch.Size([4, 6])\n"
+    saved = torch.load("prune_scores.pt")
+    assert all(torch.equal(saved[name], x) for name, x in scope["scores"].items())
 
 
 # ---- the library itself

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -383,3 +385,42 @@ def test_the_demo_model_s_circuits(tmp_path):
     assert numbers["by_score"]["faithfulness"][-1] == pytest.approx(1, abs=1e-4)
     assert numbers["full"] > numbers["empty"] + 4
     assert numbers["by_score"]["faithfulness"][-2] > 0.5
+
+
+# ---- the page
+
+
+def blocks(language):
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "eap.md"
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_page_s_examples_run(monkeypatch, tmp_path, capsys):
+    tokenizer = bpe()
+    small = zoo.build("llama", dtype=torch.float32, vocab_size=len(tokenizer))
+    monkeypatch.setattr("atp_fast.load_model", lambda name: (small, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in blocks("python"):
+        if "to_graph" in block and importlib.util.find_spec("eap") is None:
+            continue
+        exec(compile(block, "eap.md", "exec"), scope)
+    assert scope["again"].by_name() == scope["scores"].by_name()
+    first, last = capsys.readouterr().out.splitlines()
+    assert float(first) == scope["scores"].by_name()["a1.h2"]
+    assert last == f"{scope['result'].by_score.area()} {scope['result'].by_size.distance()}"
+    assert len(scope["pairs"]) == 1
+
+
+def test_the_page_s_commands_run(monkeypatch, tmp_path):
+    tokenizer = bpe()
+    small = zoo.build("gpt2", dtype=torch.float32, vocab_size=len(tokenizer))
+    small.config.name_or_path = "openai-community/gpt2"
+    monkeypatch.setattr("atp_fast.models.load_model", lambda name, dtype=None: (small, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("sh")
+    for line in commands.strip().splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "atp-fast"
+        run(*arguments)
+    assert (tmp_path / "runs/ioi/mib/ioi_gpt2/importances.json").is_file()
