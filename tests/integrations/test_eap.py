@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 from hooked_models import batches, eap_on_token_ids, hooked, logit_diff_of
+from tokenizers_for_tests import bpe
 
 import zoo
-from atp_fast import Engine
+from atp_fast import Engine, PromptPairs
 from atp_fast.integrations import eap
 from atp_fast.integrations.eap import GraphShape, Importances
 
@@ -195,6 +196,23 @@ def test_positive_is_what_supports_the_task_whatever_the_metric():
 
 def nll_rows(logits, pairs):
     return -logits[:, -1].log_softmax(-1).gather(1, pairs.answer_ids[:, None])[:, 0]
+
+
+def test_scores_of_spans_of_unequal_prompts():
+    """Sums over the tokens that a corrupted one stands for: the two ways to the scores mask the others apart."""
+    tokenizer = bpe()
+    pairs = PromptPairs.from_template(
+        tokenizer,
+        "When {A} went to the bar, {B} gave",
+        clean=[{"A": "Michael and Jessica", "B": "Mary"}, {"A": "David", "B": "John"}],
+        corrupted=[{"A": "Ashley", "B": "John"}, {"A": "Sarah and Mary", "B": "David"}],
+        answers=[" a", " drink"],
+        wrong_answers=[" drink", " a"],
+    )
+    engine = Engine(zoo.build("llama", vocab_size=len(tokenizer)))
+    found = engine.attribute(pairs, method="atp", nodes=eap.NODES, progress=False)
+    nodes = eap.node_importances(found, GraphShape.of(engine)).nodes
+    assert close(eap.neuron_importances(engine, pairs).neurons.sum(1), nodes)
 
 
 def test_contributions_are_sums_of_mean_absolute_effects():

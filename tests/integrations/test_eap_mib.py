@@ -83,10 +83,11 @@ ROWS = {
     "mcqa": [choice_row(0, 2), choice_row(3, 1), choice_row(0, 1, others="EFGH"), choice_row(1, 0, labels=("A", "xyz", "C", "D"))],
     "arithmetic-addition": [
         sum_row(3, 4, 2, 6),
-        sum_row(3, 4, 2, 6, "-"),
+        sum_row(9, 1, 9, 2, "-"),
         sum_row(3, 5, 4, 5),
         sum_row(3, 5, 4, 5, counterfactual=False),
         sum_row(60, 40, 4, 5),
+        sum_row(3, 4, 2, 6) | {"random_counterfactual": {"prompt": "2 + 6 =", "label": "66"}},
     ],
     "arithmetic-subtraction": [sum_row(9, 1, 9, 2, "-"), sum_row(9, 2, 9, 0, "-"), sum_row(3, 4, 2, 6)],
     "arc-easy": [choice_row(1, 1)],
