@@ -249,7 +249,8 @@ def node_importances(
 ) -> Importances:
     """Node scores of a noising run that scored z, mlp_out and resid_pre (`NODES`).
 
-    Of each pair's effects the sum over positions, then the mean over pairs. Everything else as in source_scores.
+    Of each pair's effects the sum over positions, then the mean over pairs; positive where patching makes the model worse at
+    the task. The options, and what raises, are those of graph_shape.source_scores.
     """
     by_position = source_scores(found, shape, scores, higher_is_better)
     return Importances(shape, nodes=by_position.sum(0))
@@ -265,9 +266,9 @@ def neuron_importances(
     """Neuron scores by plain AtP: corrupted minus clean write, times the clean run's gradient, entry by entry.
 
     Of each pair the sum over positions, then the mean over pairs. A neuron is one of the d_model entries of a node's write;
-    the entries of a node add up to its score under method "atp". QK fix and GradDrop are about whole vectors: there are no such scores.
-    Signs and higher_is_better as in node_importances. Raises what Engine.attribute raises for pairs, metric and model,
-    NotImplementedError for a model whose heads do not go through one projection.
+    the entries of a node add up to its score under method "atp". QK fix and GradDrop are about whole vectors, which have no
+    entries. Signs and higher_is_better as in node_importances. Raises what Engine.attribute raises for pairs, metric and
+    model, NotImplementedError for a model whose heads do not go through one projection.
     """
     measure, plug = resolve(metric, pairs), engine.plug
     engine.check_pairs(pairs)
@@ -297,9 +298,8 @@ def neuron_importances(
                 first = 1 + number * (shape.n_heads + 1)
                 scores, cotangent = _layer(plug, runs, number, projections[number], cotangent)
                 neurons[first : first + shape.n_heads + 1] += scores
-            live = runs.differs()[..., None]
             moved = corrupted_values(plug, runs, 0, ())[1]["resid_pre"] - runs.clean[0]
-            neurons[0] += (moved * cotangent * live).sum((0, 1))
+            neurons[0] += _products(runs, moved, cotangent)
     return Importances(shape, neurons=sign * neurons / len(pairs))
 
 
@@ -319,7 +319,6 @@ def _layer(
     assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
     assert run.stats is not None and run.options is not None
     corrupted = corrupted_values(plug, runs, number, kinds)[1]
-    live = runs.differs()
     wanted = [run.z, writes[0], values["mlp_out"], tape.x]
     grad_z, grad_write, grad_mlp, skip = tape.from_output(cotangent[None], wanted)
     grads = ops.attention_vjp(
@@ -334,13 +333,19 @@ def _layer(
     below = tape.from_attention(*grads)[0] + skip[0]
 
     heads, dim = run.z.shape[1], run.z.shape[3]
+    live, wide = runs.differs(), accumulation_dtype(x)
     delta = (corrupted["z"] - run.z.detach()) * live[:, None, :, None]
-    grad = grad_write[0].reshape(*live.shape, -1).to(delta.dtype)
-    moments = torch.einsum("bhte,btd->hed", delta, grad)
+    grad = grad_write[0].reshape(*live.shape, -1)
+    moments = torch.einsum("bhte,btd->hed", delta.to(wide), grad.to(wide))
     with torch.no_grad():  # the projection's matrix, whatever module holds it
         one = torch.eye(heads * dim, dtype=run.z.dtype, device=run.z.device)
         matrix = projection(one) - projection(torch.zeros_like(one))
     by_head = (moments * matrix.view(heads, dim, -1)).sum(1)
-    moved = (corrupted["mlp_out"] - values["mlp_out"].detach()) * live[..., None]
-    by_mlp = (moved * grad_mlp[0]).sum((0, 1))
+    by_mlp = _products(runs, corrupted["mlp_out"] - values["mlp_out"].detach(), grad_mlp[0])
     return torch.cat([by_head, by_mlp[None]]), below
+
+
+def _products(runs: PairRuns, moved: Tensor, grad: Tensor) -> Tensor:
+    """Sums over live positions of moved * grad, both (pairs, positions, hidden), entry by entry."""
+    products = moved * runs.differs()[..., None] * grad
+    return products.sum((0, 1), dtype=accumulation_dtype(moved))
