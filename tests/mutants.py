@@ -517,7 +517,7 @@ FAULTS = [
     ),
     Fault(
         f"{LINKS}/graph_shape.py",
-        'value + noise * value.abs().max() if kind == "attn_out" else value',
+        'value + noise * (1 + value.abs().max()) if kind == "attn_out" else value',
         "value",
         f"{EAP} -k shape_of_a_model",
     ),

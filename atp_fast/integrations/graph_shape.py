@@ -151,7 +151,7 @@ def _parallel(plug: Plug) -> bool:
     def moved(kind: str, value: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(value.shape, generator=generator).to(value)
-        return plain(kind, value + noise * value.abs().max() if kind == "attn_out" else value)
+        return plain(kind, value + noise * (1 + value.abs().max()) if kind == "attn_out" else value)
 
     def plain(kind: str, value: Tensor) -> Tensor:
         if kind == "mlp_out":

@@ -1,4 +1,8 @@
-"""EAP-IG: graphs, files and scores against their definitions, and against the library where it is installed."""
+"""EAP-IG: graphs, files and scores against their definitions, and against the library where it is installed.
+
+EAP-IG and MIB are not on PyPI: put EAP-IG/src and MIB-circuit-track on PYTHONPATH, with transformer-lens 3, matplotlib,
+pandas and datasets installed.
+"""
 
 from __future__ import annotations
 
