@@ -12,12 +12,12 @@ from functools import partial
 import pytest
 import torch
 from hooked_models import batches, eap_on_token_ids, hooked, logit_diff_of
-from tokenizers_for_tests import bpe
 
 import zoo
 from atp_fast import Engine, PromptPairs
 from atp_fast.integrations import eap
 from atp_fast.integrations.eap import GraphShape, Importances
+from tokenizers_for_tests import bpe
 
 SHAPE = GraphShape(2, 3, 4, parallel_attn_mlp=False)
 
