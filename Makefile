@@ -69,7 +69,9 @@ test-interpret: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py tests/test_add_effects.py tests/test_norm.py
 
 # Each library in an environment of its own, with the torch of constraints.txt.
-LIBRARIES := transformer-lens nnsight
+LIBRARIES := transformer-lens nnsight auto-circuit
+# Packages of constraints.txt that a library wants older, as a pattern.
+LOOSE_auto-circuit := numpy|pandas|kaleido
 test-integrations: $(LIBRARIES:%=test-integration-%)
 
 test-integration-%: .venv-%/.atp_fast
@@ -80,8 +82,9 @@ test-integration-%: .venv-%/.atp_fast
 .venv-%/.atp_fast: constraints.txt pyproject.toml setup.py | $(BIN)/python
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -q $(TORCH_PIP_OPTIONS) $(TORCH)
-	.venv-$*/bin/python -m pip install -q -c constraints.txt setuptools pybind11 pytest
-	.venv-$*/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	grep -vE '^($(or $(LOOSE_$*),none))=' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install -q -c .venv-$*/constraints.txt setuptools pybind11 pytest
+	.venv-$*/bin/python -m pip install -q -c .venv-$*/constraints.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 
 docs: build model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,7 +158,10 @@ def _chosen(metric: MetricLike, pairs: PromptPairs) -> Metric:
 
 
 def _from_callable(function: Callable[..., Any]) -> Metric:
-    name = getattr(function, "__name__", type(function).__name__)
+    inner = function
+    while isinstance(inner, functools.partial):  # options fixed beforehand
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
     positions: Literal["last", "all"] = getattr(function, "positions", "all")
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -182,7 +187,9 @@ def _from_callable(function: Callable[..., Any]) -> Metric:
         columns = torch.ones_like(pairs.last) if positions == "last" else pairs.last + 1
         wrong = pairs.wrong_answer_ids
         labels = pairs.answer_ids if wrong is None else torch.stack((pairs.answer_ids, wrong), 1)
-        return function(logits, source_logits, columns, labels.to(logits.device), **options)
+        with warnings.catch_warnings():  # MIB's metrics make a tensor of their labels
+            warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            return function(logits, source_logits, columns, labels.to(logits.device), **options)
 
     return Metric(name, as_eap_ig, positions, needs_source_logits=True)
 

@@ -47,6 +47,10 @@ NORMS = "tests/test_norm.py"
 WALK = "tests/test_adjoint.py"
 TWINS = "tests/test_twins.py"
 STARTS = "tests/test_launches.py"
+LINKS = "atp_fast/integrations"
+EAP = "tests/integrations/test_eap.py"
+MIB = "tests/integrations/test_eap_mib.py"
+PRUNE = "tests/integrations/test_auto_circuit.py"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 
 FAULTS = [
@@ -804,6 +808,157 @@ FAULTS = [
         "t = np.where(self.standard_error > 0, t, np.where(gap > 0, np.inf, -np.inf))",
         "t = np.where(self.standard_error > 0, t, np.inf)",
         "tests/test_diagnostics.py",
+    ),
+    # EAP-IG, MIB and auto-circuit
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        'for letter in "qkv" for name in heads), f"m{layer}"]',
+        'for name in heads for letter in "qkv"), f"m{layer}"]',
+        f"{EAP} -k nodes_and_edges",
+    ),
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        'behind_heads = destination[0] == "m" and not self.parallel_attn_mlp',
+        'behind_heads = destination[0] == "m"',
+        f"{EAP} -k nodes_and_edges",
+    ),
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        'value + noise * (1 + value.abs().max()) if kind == "attn_out" else value',
+        "value",
+        f"{EAP} -k shape_of_a_model",
+    ),
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        "share = found.counts / len(found.clean_value)",
+        "share = (found.counts > 0).double()",
+        f"{EAP} -k llama-right",
+    ),
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        "inputs[0], layers",
+        "inputs[-1], layers",
+        f"{EAP} -k llama-right",
+    ),
+    Fault(
+        f"{LINKS}/graph_shape.py", "[heads, mlps], 2", "[mlps, heads], 2", f"{EAP} -k llama-right"
+    ),
+    Fault(f"{LINKS}/graph_shape.py", '"nll": False', '"nll": True', f"{EAP} -k positive"),
+    Fault(
+        f"{LINKS}/graph_shape.py",
+        'if found.direction != "noising":',
+        'if found.direction == "":',
+        f"{EAP} -k fit",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        "matrix = projection(one) - projection(torch.zeros_like(one))",
+        "matrix = projection(one)",
+        f"{EAP} -k gpt2-right",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        "below = tape.from_attention(*grads)[0] + skip[0]",
+        "below = skip[0]",
+        f"{EAP} -k llama-right",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        "neurons=sign * neurons / len(pairs)",
+        "neurons=sign * neurons / size",
+        f"{EAP} -k llama-right",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        'delta = (corrupted["z"] - run.z.detach()) * live[:, None, :, None]',
+        'delta = corrupted["z"] - run.z.detach()',
+        f"{EAP} -k spans",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        'found[int(name.partition(".h")[2])] if found.ndim == 2',
+        "found[-1] if found.ndim == 2",
+        f"{EAP} -k neuron_json",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        'nodes[name]["score"] = score',
+        'nodes[name]["score"] = abs(score)',
+        f"{EAP} -k files",
+    ),
+    Fault(
+        f"{LINKS}/eap.py",
+        "for key, value in self.shape.cfg.items() if own[key] != value]",
+        'for key, value in self.shape.cfg.items() if own[key] != value and key != "n_heads"]',
+        f"{EAP} -k another_shape",
+    ),
+    Fault(
+        f"{LINKS}/eap_faithfulness.py",
+        "int(fraction * scored)",
+        "round(fraction * scored)",
+        f"{MIB} -k faithfulness",
+    ),
+    Fault(f"{LINKS}/eap_faithfulness.py", " | frozenset(unscored)", "", f"{MIB} -k faithfulness"),
+    Fault(
+        f"{LINKS}/eap_faithfulness.py",
+        "(nodes.abs() if absolute else nodes)",
+        "nodes",
+        f"{MIB} -k faithfulness",
+    ),
+    Fault(
+        f"{LINKS}/eap_faithfulness.py",
+        "pairs.moving.any(0)",
+        "pairs.moving.all(0)",
+        f"{MIB} -k faithfulness",
+    ),
+    Fault(f"{LINKS}/eap_faithfulness.py", "abs(1 - value)", "(1 - value)", f"{MIB} -k areas"),
+    Fault(f"{LINKS}/eap_faithfulness.py", "math.log(x)", "math.log10(x)", f"{MIB} -k areas"),
+    Fault(
+        f"{LINKS}/eap_faithfulness.py",
+        'yield "mlp_out", layer, 0',
+        'yield "attn_out", layer, 0',
+        f"{MIB} -k faithfulness",
+    ),
+    Fault(
+        f"{LINKS}/eap_data.py",
+        "length == len(encoder.alone(words.wrong)) == 1",
+        "length == 1",
+        f"{MIB} -k sums",
+    ),
+    Fault(f"{LINKS}/eap_data.py", ' or row["operator"] != operator', "", f"{MIB} -k sums"),
+    Fault(
+        f"{LINKS}/eap_data.py", "wrong, (wrong, third))", "wrong, (wrong,))", f"{MIB} -k ioi_rows"
+    ),
+    Fault(
+        f"{LINKS}/eap_data.py",
+        "wrongs.append(encoder.alone(words.wrong)[0])",
+        "wrongs.append(encoder.alone(words.wrong)[-1] + 1)",
+        f"{MIB} -k ioi_rows",
+    ),
+    Fault(
+        f"{LINKS}/auto_circuit.py",
+        'shape.before(f"a{layer}.h0<q>")',
+        'shape.before(f"m{layer}")',
+        f"{PRUNE} -k every_edge",
+    ),
+    Fault(f"{LINKS}/auto_circuit.py", "heads.clone()", "heads", f"{PRUNE} -k tensors_of_their_own"),
+    Fault(
+        "atp_fast/cli/mib.py",
+        "opened.pairs if pairs is None else read_file(pairs, opened.tokenizer)",
+        "opened.pairs",
+        f"{MIB} -k other_pairs",
+    ),
+    Fault(
+        "atp_fast/cli/mib.py",
+        '"effect" if scores == "effect" else "contribution"',
+        '"effect"',
+        f"{MIB} -k other_pairs",
+    ),
+    Fault(
+        "atp_fast/metrics.py",
+        "options = {p.name: False for p in parameters if p.name in",
+        "options = {p.name: True for p in parameters if p.name in",
+        f"{EAP} -k four_argument",
     ),
 ]
 

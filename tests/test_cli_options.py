@@ -244,6 +244,34 @@ def report(calls: Calls, folder: Path) -> set[str]:
     return {"run", "--out"}
 
 
+def mib(calls: Calls, folder: Path) -> set[str]:
+    done, other = folder / "run", folder / "other.jsonl"
+    nodes = ("--nodes", "z,mlp_out,resid_pre")
+    run("attribute", "--model", LLAMA, "--task", "ioi_pair", *nodes, "--out", done)
+    other.write_text((done / "pairs.jsonl").read_text())
+    calls.clear()
+    given = {
+        "--task": "arc-easy",
+        "--label": "llama3",
+        "--scores": "contribution",
+        "--format": "pt",
+        "--pairs": other,
+        "--metric": "prob_diff",
+        "--out": folder / "submission",
+        "--model": moved_model(folder),
+        "--backend": "reference",
+    }
+    out = run("mib", done, *(x for pair in given.items() for x in pair))
+    assert only(calls, "load_model") == {"name": str(folder / "moved"), "dtype": "float32"}
+    assert only(calls, "Engine.__init__")["backend"] == "reference"
+    read = [c["path"] for c in calls["PromptPairs.from_jsonl"]]
+    assert read == [done / "pairs.jsonl", other]
+    assert out.startswith("prob_diff on 1 pair: ")
+    written = folder / "submission" / "arc-easy_llama3" / "importances.pt"
+    assert float(torch.load(written)["nodes_scores"].min()) >= 0
+    return {"run", *given}
+
+
 def bench(calls: Calls, folder: Path) -> set[str]:
     given = {
         "--positions": 5,
@@ -283,7 +311,7 @@ def doctor(calls: Calls, folder: Path) -> set[str]:
 
 VERBS = {
     function.__name__: function
-    for function in (attribute, verify, diagnose, study, report, bench, demo, doctor)
+    for function in (attribute, verify, diagnose, study, report, mib, bench, demo, doctor)
 }
 
 

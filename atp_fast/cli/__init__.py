@@ -16,6 +16,7 @@ from atp_fast.cli.commands import Commands
 from atp_fast.cli.demo import demo
 from atp_fast.cli.diagnose import diagnose
 from atp_fast.cli.doctor import doctor
+from atp_fast.cli.mib import mib
 from atp_fast.cli.report import report
 from atp_fast.cli.study import study
 from atp_fast.cli.verify import verify
@@ -32,6 +33,7 @@ app.command()(verify)
 app.command()(diagnose)
 app.command()(study)
 app.command()(report)
+app.command()(mib)
 app.command()(bench)
 app.command()(demo)
 app.command()(doctor)

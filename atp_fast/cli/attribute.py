@@ -122,7 +122,7 @@ def attribute(
     if task:
         chosen = load_task(task, tokenizer, n_pairs=n_pairs, seed=seed)
     elif pairs:
-        chosen = _read_file(pairs, tokenizer)
+        chosen = read_file(pairs, tokenizer)
     else:
         chosen = PromptPairs.from_text(
             tokenizer,
@@ -159,7 +159,7 @@ def _ask(
         raise ValueError(str(error)) from error
 
 
-def _read_file(path: Path, tokenizer: Tokenizer) -> PromptPairs:
+def read_file(path: Path, tokenizer: Tokenizer) -> PromptPairs:
     from atp_fast.prompts import PromptPairs
 
     readers = {".jsonl": PromptPairs.from_jsonl, ".csv": PromptPairs.from_csv}

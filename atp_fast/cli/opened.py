@@ -11,6 +11,7 @@ from atp_fast.cli.folder import PAIRS, RUN
 if TYPE_CHECKING:
     from atp_fast.engine import Engine
     from atp_fast.prompts.directions import Direction
+    from atp_fast.prompts.encoding import Tokenizer
     from atp_fast.prompts.pairs import PromptPairs
     from atp_fast.results import Attribution
 
@@ -20,6 +21,7 @@ class OpenedRun(NamedTuple):
     pairs: PromptPairs
     engine: Engine
     direction: Direction
+    tokenizer: Tokenizer
 
 
 def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> OpenedRun:
@@ -50,4 +52,4 @@ def open_run(folder: Path, model: str | None = None, backend: str = "auto") -> O
             f"{folder / PAIRS} must hold pairs in the columns of {folder / RUN}, whose pairs were padded on the left"
         )
     direction: Direction = "denoising" if found.direction == "denoising" else "noising"
-    return OpenedRun(found, pairs, Engine(network, backend), direction)
+    return OpenedRun(found, pairs, Engine(network, backend), direction, tokenizer)
