@@ -328,9 +328,6 @@ def _layer(
         backend=plug.backend,
         **run.options._asdict(),
     )
-    own = slice(runs.start, None)  # not a shared prefix's
-    by_kind = {"q": grad_q, "k": grad_k[..., own, :], "v": grad_v[..., own, :]}
-    below = tape.from_attention(by_kind, skip)[0]
 
     heads, dim = run.z.shape[1], run.z.shape[3]
     live, wide = runs.differs(), accumulation_dtype(tape.x)
@@ -342,6 +339,9 @@ def _layer(
         matrix = projection(one) - projection(torch.zeros_like(one))
     by_head = (moments * matrix.view(heads, dim, -1)).sum(1)
     by_mlp = _products(runs, corrupted["mlp_out"] - values["mlp_out"].detach(), grad_mlp[0])
+    own = slice(runs.start, None)  # not a shared prefix's
+    by_kind = {"q": grad_q, "k": grad_k[..., own, :], "v": grad_v[..., own, :]}
+    below = tape.from_attention(by_kind, skip)[0]  # last: skip may be grad_mlp, and is added to
     return torch.cat([by_head, by_mlp[None]]), below
 
 
