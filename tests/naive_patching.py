@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,69 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "olmo2": _NORMED,
     "gpt_oss": ("self_attn", "mlp", ""),
     "mixtral": ("self_attn", "mlp", ""),
+}
+
+# the first of these that a layer has is its down projection, where PARTS has no row
+_DOWN = """mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.proj_2 ffn.down_proj
+feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
+
+
+class Own(NamedTuple):
+    """Where a layer that writes out its own softmax has q, k, v (a module's output each) and z (a module's input).
+
+    heads: (projection's output (rows, positions, width), heads, which of q, k, v) -> (rows, positions, heads, dim), a view.
+    """
+
+    q: str
+    k: str
+    v: str
+    z: str
+    heads: Callable[[Tensor, int, int], Tensor]
+
+
+def _apart(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _q_k_v(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (3, heads, -1))[:, :, which]
+
+
+def _q_k_v_of_each_head(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (heads, 3, -1))[..., which, :]
+
+
+def _one_key_head(x: Tensor, heads: int, which: int) -> Tensor:
+    by_head = x.unflatten(-1, (heads + 2, -1))
+    return by_head[:, :, (slice(0, -2), slice(-2, -1), slice(-1, None))[which]]
+
+
+def _codegen(x: Tensor, heads: int, which: int) -> Tensor:
+    """Four groups of heads, each q, v, k; one head per group here."""
+    return x.unflatten(-1, (4, 3, -1))[:, :, :, (0, 2, 1)[which]]
+
+
+def _projections(path: str, names: str, z: str) -> Own:
+    return Own(*(f"{path}.{name}" for name in (*names.split(), z)), _apart)
+
+
+def _fused(path: str, name: str, z: str, heads: Callable[[Tensor, int, int], Tensor]) -> Own:
+    return Own(*[f"{path}.{name}"] * 3, f"{path}.{z}", heads)
+
+
+_BERT = Own(*(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense", _apart)
+_BART = _projections("self_attn", "q_proj k_proj v_proj", "out_proj")
+OWN: dict[str, Own] = {
+    "gpt_neo": _projections("attn.attention", "q_proj k_proj v_proj", "out_proj"),
+    "gptj": _projections("attn", "q_proj k_proj v_proj", "out_proj"),
+    "codegen": _fused("attn", "qkv_proj", "out_proj", _codegen),
+    "openai-gpt": _fused("attn", "c_attn", "c_proj", _q_k_v),
+    "gpt_neox_japanese": _fused("attention", "query_key_value", "dense", _q_k_v_of_each_head),
+    "bloom": _fused("self_attention", "query_key_value", "dense", _q_k_v_of_each_head),
+    "falcon": _fused("self_attention", "query_key_value", "dense", _one_key_head),
+    "mpt": _fused("attn", "Wqkv", "out_proj", _q_k_v),
+    **dict.fromkeys(("xglm", "trocr", "mvp"), _BART),
+    **dict.fromkeys(("megatron-bert", "rembert", "roformer", "big_bird"), _BERT),
 }
 
 Change = Callable[[str, int, Tensor], Tensor]
@@ -108,16 +171,26 @@ def _patch(
     return change
 
 
+def _down_of(layer: nn.Module) -> str:
+    names = {name for name, _ in layer.named_modules()}
+    return next((name for name in _DOWN if name in names), "")
+
+
 class _Hooked:
     """A plain model in which every node's value passes through the function `change`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        config = model.config.get_text_config()
+        config = model.config.get_text_config(decoder=True)
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        self.layers = next(list(m) for m in lists if len(m) == config.num_hidden_layers)
+        count = getattr(config, "decoder_layers", config.num_hidden_layers)
+        self.layers = next(list(m) for m in lists if len(m) == count)
         self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
-        self.parts = PARTS[config.model_type]
+        self.own = OWN.get(config.model_type)
+        self.heads: int = config.num_attention_heads
+        self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers[0]))
+        self.dropped: int | None = None
+        self.inputs: dict[int, Tensor] = {}
         self.rows = 0
         self.change: Change = lambda kind, layer, x: x
 
@@ -128,19 +201,25 @@ class _Hooked:
         ALL_MASK_ATTENTION_FUNCTIONS.register("naive_patching", eager_mask)
         before, token = self.model.config._attn_implementation, _hooked.set(self)
         try:
-            self.model.set_attn_implementation("naive_patching")
+            if self.own is None:
+                self.model.set_attn_implementation("naive_patching")
             with ExitStack() as hooks:
                 for handle in self._hooks():
                     hooks.callback(handle.remove)
                 yield self._run
         finally:
             _hooked.reset(token)
-            self.model.set_attn_implementation(before)
+            if self.own is None:
+                self.model.set_attn_implementation(before)
 
     def _run(self, ids: Tensor, change: Change) -> Tensor:
-        self.rows, self.change = len(ids), change
         with torch.no_grad():
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return self.run(ids, change)
+
+    def run(self, ids: Tensor, change: Change, dropped: int | None = None) -> Tensor:
+        """Logits; `dropped`: the layer through whose write no gradient flows."""
+        self.rows, self.change, self.dropped = len(ids), change, dropped
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _hooks(self) -> Iterator[Any]:
@@ -148,12 +227,46 @@ class _Hooked:
         for number, layer in enumerate(self.layers):
             hook = self._input_hook("resid_pre", number)
             yield layer.register_forward_pre_hook(hook, with_kwargs=True)
+            yield layer.register_forward_hook(self._drop_hook(number))
             for kind, name in (("attn_out", attention), ("mlp_out", mlp)):
-                module = layer.get_submodule(name)
-                yield module.register_forward_hook(self._output_hook(kind, number))
+                if name:
+                    module = layer.get_submodule(name)
+                    yield module.register_forward_hook(self._output_hook(kind, number))
+            if self.own is not None:
+                for which, kind in enumerate("qkv"):
+                    module = layer.get_submodule(self.own[which])
+                    yield module.register_forward_hook(self._heads_hook(kind, number, which))
+                hook = self._z_hook(number)
+                yield layer.get_submodule(self.own.z).register_forward_pre_hook(hook)
             if down:
                 hook = self._input_hook("neuron", number)
                 yield layer.get_submodule(down).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _heads_hook(self, kind: str, layer: int, which: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            output = output.clone()
+            value = self.own.heads(output, self.heads, which)
+            value[:] = self.change(kind, layer, value.transpose(1, 2)).transpose(1, 2)
+            return output
+
+        return hook
+
+    def _z_hook(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            value = args[0].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return self.change("z", layer, value).transpose(1, 2).flatten(2), *args[1:]
+
+        return hook
+
+    def _drop_hook(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.dropped != layer:
+                return output
+            before, after = self.inputs[layer], output[0] if isinstance(output, tuple) else output
+            held = before + (after - before).detach()
+            return (held, *output[1:]) if isinstance(output, tuple) else held
+
+        return hook
 
     def _input_hook(self, kind: str, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +287,10 @@ class _Hooked:
 
     def _changed(self, kind: str, layer: int, x: Tensor) -> Tensor:
         """Some MLPs run on (rows * positions, width)."""
-        return self.change(kind, layer, x.reshape(self.rows, -1, x.shape[-1])).reshape(x.shape)
+        x = self.change(kind, layer, x.reshape(self.rows, -1, x.shape[-1])).reshape(x.shape)
+        if kind == "resid_pre":
+            self.inputs[layer] = x
+        return x
 
     def attention(
         self,

@@ -20,6 +20,7 @@ from transformers import (
 
 import zoo
 from atp_fast import Engine, PromptPairs
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.hf import inspect_model
 from atp_fast.hf.attention import _HARMLESS, LayerRun, _attention, _mask, running
 
@@ -124,8 +125,10 @@ FOREIGN: dict[str, tuple[Rule, int | None]] = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_masks_are_refused(name: str) -> None:
-    with pytest.raises(NotImplementedError, match="no causal mask or causal sliding window"):
-        asked(*FOREIGN[name])
+    """By the layer that attends by one: bart makes one that nobody uses."""
+    mask = asked(*FOREIGN[name])
+    with pytest.raises(NotImplementedError, match="Identity has .* no causal mask or causal slid"):
+        attend(attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +138,16 @@ def test_a_mask_that_depends_on_the_input(error: Exception) -> None:
     def rule(q: Tensor, k: Tensor) -> Tensor:
         raise error
 
-    with pytest.raises(NotImplementedError, match=r"depends on its input \(row 7\)"):
-        asked(rule)
+    with pytest.raises(NotImplementedError, match="depends on the model's input"):
+        attend(attention_mask=asked(rule))
 
 
 def test_a_model_with_a_padding_mask_of_its_own() -> None:
-    with pytest.raises(NotImplementedError, match="the model made one"):
-        asked(lambda q, k: k <= q, attention_mask=torch.ones(1, 5))
+    mask = torch.ones(1, 5)
+    assert int(asked(lambda q, k: k <= q, attention_mask=mask)) == 0
+    mask[0, 3] = 0
+    with pytest.raises(NotImplementedError, match="made an attention mask with some"):
+        asked(lambda q, k: k <= q, attention_mask=mask)
 
 
 # ---- whole models
@@ -458,8 +464,6 @@ ROTATIONS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_prefixes_are_run_alone_only_where_rotations_do_not_depend_on_the_length(name: str) -> None:
     """With longrope a prompt of 12 tokens turns otherwise than its first 6 alone."""
-    from atp_fast.attribution.literal import literal_attribution
-
     parameters, moves = ROTATIONS[name]
     model = zoo.build("llama", wide_norms=True, rope_parameters=parameters)
     engine = Engine(model, "reference")
@@ -539,7 +543,7 @@ def test_a_write_with_something_added_has_no_graddrop() -> None:
     """A layer whose output is not its input and two writes: AtP is served, what needs the writes is refused."""
     model = zoo.build("llama", dtype=torch.float32)
     layer = model.model.layers[1]
-    layer.register_forward_hook(lambda module, args, out: out + 0.1 * args[0].detach() * 0 + 0.25)
+    layer.register_forward_hook(lambda module, args, out: out + 0.1 * args[0].detach() ** 2)
     engine, pairs = Engine(model), zoo.random_pairs(model, 2, 6)
     reason = "layer 1 does not add an attention write and an MLP write to its input"
     with pytest.raises(NotImplementedError, match=rf"'atp\*' is not served on Llama.*: {reason}"):
@@ -549,6 +553,19 @@ def test_a_write_with_something_added_has_no_graddrop() -> None:
     assert (
         float(engine.attribute(pairs, method="atp+qk", progress=False).effect["z"].abs().max()) > 0
     )
+
+
+def test_a_constant_added_to_the_writes_changes_nothing() -> None:
+    """As the biases that gpt_neox_japanese adds outside its projections."""
+    model = zoo.build("llama", wide_norms=True)
+    pairs = zoo.random_pairs(model, 2, 6)
+    constant = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model.model.layers[1].register_forward_hook(lambda module, args, out: out + constant)
+    kinds = ["z", "attn_out", "mlp_out"]
+    found = Engine(model).attribute(pairs, nodes=kinds, progress=False).contribution
+    wanted = literal_attribution(model, pairs, nodes=["z"])[0]["z"]
+    assert (found["z"] - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    assert all(found[kind].abs().max() > 0 for kind in kinds)
 
 
 def test_pairs_of_another_kind_are_named() -> None:

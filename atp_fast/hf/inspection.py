@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from atp_fast.hf.attention import LayerRun, running
+from atp_fast.hf.attention import LayerRun
+from atp_fast.hf.scores import Scores
 
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
@@ -59,8 +60,8 @@ class Call(NamedTuple):
 
 
 def first_tensor(out: Any) -> Tensor:
-    """The hidden states a layer returns, alone or first of a tuple."""
-    hidden = out[0] if isinstance(out, tuple) else out
+    """The hidden states a layer returns, alone or first of a tuple or list."""
+    hidden = out[0] if isinstance(out, (tuple, list)) else out
     assert isinstance(hidden, Tensor)
     return hidden
 
@@ -70,14 +71,27 @@ def trace(
 ) -> tuple[Tensor, list[Call]]:
     """Run a layer under autograd; its output, and its submodules' calls in the order they finish.
 
+    The module that computes attention is `run.attention_module`.
+
     Raises NotImplementedError naming the submodule through which no gradient flows (quantised weights, say).
     """
     names = {module: name for name, module in layer.module.named_modules()}
     calls: list[Call] = []
+    entered: list[nn.Module] = []
+
+    def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+        entered.append(module)
+
+    def attended(kind: str, value: Tensor) -> Tensor:
+        run.attention_module = run.attention_module or entered[-1]
+        return value
 
     def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        result = output[0] if isinstance(output, tuple) else output
-        if not isinstance(result, Tensor) or not result.is_floating_point():
+        entered.pop()
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(result, Tensor) or isinstance(result, Scores):
+            return
+        if not result.is_floating_point():
             return
         tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
         if any(t.requires_grad for t in tensors) and not result.requires_grad:
@@ -85,19 +99,17 @@ def trace(
                 f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?)"
             )
         if tensors:
-            calls.append(Call(module, tensors[0].detach(), result.detach()))
+            # a copy: some layers add to it in place
+            calls.append(Call(module, tensors[0].detach(), result.detach().clone()))
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for module in names:
             if module is not layer.module:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hook = module.register_forward_hook(note, with_kwargs=True)
                 hooks.callback(hook.remove)
-        token = running.set(run)
-        try:
-            out = layer.module(x, *args, **kwargs)
-        finally:
-            running.reset(token)
-    layer.as_tuple = isinstance(out, tuple)
+        run.visit = attended
+        out = layer.module(x, *args, **kwargs)
     return first_tensor(out), calls
 
 
@@ -125,26 +137,31 @@ def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, 
 def find_writes(
     layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor, scale: float
 ) -> None:
-    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output.
+    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output, but for a constant.
 
-    Of all pairs of the layer's own parts the one that adds up best is taken; in order, so that a dropout after a
-    write, which changes nothing, is not taken for it. Raises NotImplementedError where none adds up to rounding.
+    Of all pairs of the layer's own parts (of all its modules, where no pair of parts does) the one that adds up best is
+    taken; in order, so that a dropout after a write, which changes nothing, is not taken for it. Raises
+    NotImplementedError where none adds up to rounding.
     """
-    parts = set(layer.module.children()) | {attention}
-    writes = [
-        (call.module, scale * call.output.reshape(x.shape))
-        for call in calls
-        if call.module in parts and call.output.numel() == x.numel()
-    ]
-    best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
-    for i, (first, a) in enumerate(writes):
-        for second, b in writes[i + 1 :]:
-            error = float((x.double() + a.double() + b.double() - out.double()).abs().max())
-            if error < best:
-                best = error
-                layer.attn_write, layer.mlp_write = first, second
-    if layer.attn_write is None:
-        raise NotImplementedError("does not add an attention write and an MLP write to its input")
+    added = out.double() - x.double()
+    own = set(layer.module.children()) | {attention}
+    for parts in (own, set(layer.module.modules())):
+        writes = [
+            (call.module, scale * call.output.double().reshape(x.shape))
+            for call in calls
+            if call.module in parts and call.output.numel() == x.numel()
+        ]
+        best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
+        for i, (first, a) in enumerate(writes):
+            for second, b in writes[i + 1 :]:
+                more = a + b - added
+                error = float((more - more[:, :1]).abs().max())
+                if error < best:
+                    best = error
+                    layer.attn_write, layer.mlp_write = first, second
+        if layer.attn_write is not None:
+            return
+    raise NotImplementedError("does not add an attention write and an MLP write to its input")
 
 
 def check_model(model: nn.Module) -> PreTrainedModel:
@@ -163,10 +180,6 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     if getattr(config, "num_attention_heads", None) is None and not hasattr(config, "text_config"):
         raise NotImplementedError(
             f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
-        )
-    if not model._can_set_attn_implementation():
-        raise NotImplementedError(
-            f"{name} is not served: it computes its own softmax, not through transformers' attention interface"
         )
     check_eval(model)
     return model

@@ -23,6 +23,7 @@ from atp_fast.hf.activations import find_activations, fused
 from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, running
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
+from atp_fast.hf.scores import taken_over
 
 
 class LayerArguments(NamedTuple):
@@ -35,8 +36,13 @@ class LayerArguments(NamedTuple):
         """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
 
         def pick(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1:
-                return value[index.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim > 1 and batch > 1:
+                if value.shape[0] == batch:
+                    return value[index.to(value.device)]
+                if value.ndim == 3 and value.shape[0] % batch == 0:  # (batch * heads, 1, positions)?
+                    by_row = value.unflatten(0, (batch, -1))
+                    if bool((by_row == by_row[:1]).all()):  # no table of positions
+                        return by_row[index.to(value.device)].flatten(0, 1)
             if isinstance(value, tuple):
                 return tuple(pick(v) for v in value)
             return value
@@ -71,22 +77,27 @@ class LayeredModel:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
+        self.own_softmax = not model._can_set_attn_implementation()
         self.list_parent, self.list_name, modules = self._find_layers()
         self.layers = [Layer(module, activations=find_activations(module)) for module in modules]
 
     def _find_layers(self) -> tuple[nn.Module, str, list[nn.Module]]:
-        count = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        found: list[tuple[str, nn.Module, str, list[nn.Module]]] = []
-        for path, parent in self.model.named_modules():
-            for name, child in parent.named_children():
-                inside = any(path == p or path.startswith(p + ".") for p, *_ in found)
-                if isinstance(child, nn.ModuleList) and len(child) == count and not inside:
-                    found.append((f"{path}.{name}" if path else name, parent, name, list(child)))
-        if len(found) != 1:
-            raise NotImplementedError(
-                f"{self.name} is not served: it has {len(found)} lists of {count} layers, not one"
-            )
-        return found[0][1:]
+        config = self.model.config.get_text_config(decoder=True)
+        count = getattr(config, "decoder_layers", config.num_hidden_layers)
+        decoder = self.model.get_decoder()  # without the layers that see images
+        for root in (self.model, decoder if isinstance(decoder, nn.Module) else self.model):
+            found: list[tuple[str, nn.Module, str, list[nn.Module]]] = []
+            for path, parent in root.named_modules():
+                for name, child in parent.named_children():
+                    inside = any(path == p or path.startswith(p + ".") for p, *_ in found)
+                    if isinstance(child, nn.ModuleList) and len(child) == count and not inside:
+                        place = f"{path}.{name}" if path else name
+                        found.append((place, parent, name, list(child)))
+            if len(found) == 1:
+                return found[0][1:]
+        raise NotImplementedError(
+            f"{self.name} is not served: it has {len(found)} lists of {count} layers, not one"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +174,7 @@ class LayeredModel:
         check_eval(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         own = own_linears(self._linears, self.device, self.backend)
-        with self.implementation(NAME), own:
+        with self.implementation("eager" if self.own_softmax else NAME), own:
             try:
                 for p in trained:
                     p.requires_grad_(False)
@@ -190,7 +201,8 @@ class LayeredModel:
     @property
     def plain_token(self) -> int:
         """A token that is not padding, where the choice does not matter."""
-        return int(self.model.config.get_text_config(decoder=True).pad_token_id == 0)
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "pad_token_id", None) == 0)
 
     # ---- running
 
@@ -214,16 +226,23 @@ class LayeredModel:
     def run_layer(self, number: int, x: Tensor, arguments: LayerArguments, run: LayerRun) -> Tensor:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self.attending(run, len(x)))
+            hooks.enter_context(fused(layer.activations))
+            for kind, module in self._watched(layer, run.kinds):
+                hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
+            out = layer.module(x, *arguments.args, **arguments.kwargs)
+        return first_tensor(out)
+
+    @contextlib.contextmanager
+    def attending(self, run: LayerRun, rows: int) -> Iterator[None]:
+        """Inside, attention goes to `run`, by transformers' interface or, where the model has none, from its own scores."""
         token = running.set(run)
         try:
-            with contextlib.ExitStack() as hooks:
-                hooks.enter_context(fused(layer.activations))
-                for kind, module in self._watched(layer, run.kinds):
-                    hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
-                out = layer.module(x, *arguments.args, **arguments.kwargs)
+            with taken_over(run, rows) if self.own_softmax else contextlib.nullcontext():
+                yield
         finally:
             running.reset(token)
-        return first_tensor(out)
 
     def keys_values(
         self,
@@ -269,7 +288,9 @@ def _watch(module: nn.Module, kind: str, run: LayerRun, shape: torch.Size) -> An
         return (seen(args[0]), *args[1:])
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        return (seen(output[0]), *output[1:]) if isinstance(output, tuple) else seen(output)
+        if isinstance(output, (tuple, list)):
+            return type(output)((seen(output[0]), *output[1:]))
+        return seen(output)
 
     if kind == "neuron":
         return module.register_forward_pre_hook(before)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atp_fast.hf.attention import LayerRun
+from atp_fast.hf.attention import LayerRun, Prefix
 from atp_fast.hf.inspection import (
     Call,
     Inspection,
+    Layer,
     check_finite,
     check_model,
     find_down_projection,
@@ -44,15 +46,46 @@ class Plug(LayeredModel):
 
     def __init__(self, model: nn.Module, backend: str = "auto") -> None:
         super().__init__(check_model(model), backend)
+        with self._refusing():
+            self._open()
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Errors of ours name the model; the model's own become a refusal."""
+        refused = f"{self.name} is not served: "
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except NotImplementedError as error:
+            if str(error).startswith(refused):
+                raise
+            raise NotImplementedError(refused + str(error)) from error
+        except ValueError as error:
+            if str(error).startswith("model "):
+                raise
+            raise NotImplementedError(refused + self._failed(error)) from error
+        except Exception as error:
+            raise NotImplementedError(refused + self._failed(error)) from error
+
+    @staticmethod
+    def _failed(error: Exception) -> str:
+        return f"its layers do not run one after the other on hidden states alone ({type(error).__name__})"
+
+    def _open(self) -> None:
         self.inspection = Inspection(True, None, self.name, len(self.layers))
         config = self.model.config.get_text_config(decoder=True)
         self.inspection.context = getattr(config, "max_position_embeddings", None)
         parameters = inspect.signature(self.model.forward).parameters
         self.moves = (
-            "position_ids" in parameters and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
+            "position_ids" in parameters
+            and not self.own_softmax  # its masks start at the first position that is run
+            and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
         )
+        ids = self._short_prompt(config)
+        own = self._own_logits(ids)
         with self.plugged():
-            self._learn(config)
+            self._learn(ids, own)
         self._check_gradients()
 
     @staticmethod
@@ -61,13 +94,45 @@ class Plug(LayeredModel):
         nested = [rope, *(v for v in rope.values() if isinstance(v, dict))]
         return {str(r.get("rope_type", "default")) for r in nested}
 
-    def _learn(self, config: Any) -> None:
-        """Run a short prompt, find out what each layer is made of, and compare with the model's own eager run."""
+    def _short_prompt(self, config: Any) -> Tensor:
         length = min(8, self.inspection.context or 8)
         ids = (torch.arange(length, device=self.device)[None] * 7 + 3) % self.vocabulary
-        if config.pad_token_id is not None:
-            ids = ids.where(ids != config.pad_token_id, self.plain_token)
+        padding = getattr(config, "pad_token_id", None)
+        return ids if padding is None else ids.where(ids != padding, self.plain_token)
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """The model's own eager logits; notes on the way whether its layers return tuples."""
+
+        def note(layer: Layer) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                layer.as_tuple = isinstance(output, (tuple, list))
+
+            return hook
+
+        with contextlib.ExitStack() as hooks, self.implementation("eager"), torch.no_grad():
+            for layer in self.layers:
+                hooks.callback(layer.module.register_forward_hook(note(layer)).remove)
+            try:
+                own: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"model must run on token ids alone, {self.name} raises {type(error).__name__} on {ids[0].tolist()}"
+                ) from error
+        if not bool(torch.isfinite(own).all()):
+            raise ValueError(
+                f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
+            )
+        return own
+
+    def _learn(self, ids: Tensor, own: Tensor) -> None:
+        """Run a short prompt, find out what each layer is made of, and compare with the model's own eager logits."""
         x, arguments = self.enter(ids)
+        half = ids.shape[1] // 2
+        if self.moves:  # roberta counts its positions from another number than 0
+            start, moved = self.enter(ids[:, half:], half)
+            self.moves = self._error(start, x[:, half:]) <= self._tolerance(x)
         shapes: set[tuple[int, ...]] = set()
         windows, streams = [], []
         for number, layer in enumerate(self.layers):
@@ -75,7 +140,8 @@ class Plug(LayeredModel):
             x = x.detach().requires_grad_()
             streams.append(x.detach())
             try:
-                out, calls = trace(layer, x, *arguments[number], run)
+                with self.attending(run, len(x)):
+                    out, calls = trace(layer, x, *arguments[number], run)
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"
@@ -88,6 +154,12 @@ class Plug(LayeredModel):
             shapes.add((run.q.shape[1], run.k.shape[1], run.q.shape[3], run.v.shape[3]))
             windows.append(run.options.window)
             self._name_parts(number, calls, run.attention_module, x.detach(), out.detach())
+            if self.moves:
+                prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())
+                with torch.no_grad():
+                    alone = LayerRun(self.backend, prefix=prefix)
+                    rest = self.run_layer(number, x[:, half:], moved[number], alone)
+                self.moves = self._error(rest, out[:, half:]) <= self._tolerance(out)
             x = out.detach()
         if len(shapes) != 1:
             raise NotImplementedError(
@@ -96,7 +168,7 @@ class Plug(LayeredModel):
         found = self.inspection
         found.heads, found.kv_heads, found.head_dim, found.v_dim = shapes.pop()
         found.hidden, found.windows = x.shape[-1], tuple(windows)
-        self._compare_with_eager(ids, [*streams, x])
+        self._compare_with_eager(ids, [*streams, x], own)
 
     def _name_parts(
         self, number: int, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor
@@ -126,7 +198,7 @@ class Plug(LayeredModel):
             why = f"layer {layer} computes its own softmax or none, not through transformers' attention interface"
         return f"{self.name} is not served: {why}"
 
-    def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor]) -> None:
+    def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor], own: Tensor) -> None:
         """Refuse a model that, taken apart, is not what its own eager code computes.
 
         streams: every layer's input and the last one's output, (1, positions, hidden). Layer by layer, the eager layer
@@ -134,11 +206,6 @@ class Plug(LayeredModel):
         one after the other must give the model's own logits.
         """
         with self.implementation("eager"), torch.no_grad():
-            own: Tensor = self.model(input_ids=ids, use_cache=False).logits
-            if not bool(torch.isfinite(own).all()):
-                raise ValueError(
-                    f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
-                )
             x, arguments = self.enter(ids)
             for number, layer in enumerate(self.layers):
                 args, kwargs = arguments[number]
@@ -147,10 +214,19 @@ class Plug(LayeredModel):
                 x = first_tensor(layer.module(x, *args, **kwargs))
             self._check_close("logits", self.logits(x), own)
 
+    @staticmethod
+    def _tolerance(own: Tensor) -> float:
+        rounding = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
+        return rounding.get(own.dtype, 5e-2)
+
+    @staticmethod
+    def _error(ours: Tensor, own: Tensor) -> float:
+        """The largest difference, as a share of the largest value."""
+        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
+
     def _check_close(self, what: str, ours: Tensor, own: Tensor) -> None:
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
-        error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
-        if not error <= tolerance.get(own.dtype, 5e-2):
+        error = self._error(ours, own)
+        if not error <= self._tolerance(own):
             raise NotImplementedError(
                 f"{self.name} is not served: taken apart, its {what} differ from its own by {error:.1e} of the largest"
             )

@@ -1,0 +1,201 @@
+"""Which of transformers' causal language models are served, type by type, each checked in a process of its own (make coverage).
+
+    python tests/served_models.py [--write docs/models.md] [TYPE ...]
+
+A tiny random float64 model of each type is opened, what it computes in float32 whatever its weights (norms, softmax) in
+float64 too. If it is served, its logits are compared with its own eager ones, AtP*
+(AtP with the QK fix where GradDrop is refused) with the literal code, or where that does not know the model with
+naive_attribution.py, and 50 random nodes patched exactly with naive_patching.py, whose hooks know nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+import tiny_models
+import zoo
+from atp_fast import Engine, PromptPairs
+from atp_fast.attribution.literal import literal_attribution
+from atp_fast.metrics import resolve
+from atp_fast.nodes import KINDS, NodeSpace
+from naive_attribution import naive_attribution
+from naive_patching import naive_effects
+
+TIME_LIMIT = 120  # seconds for a type
+MEMORY = 10 << 30
+PATCHED = 50
+LIMIT = 1e-9  # of the largest value, or effect of a kind
+COMMAND = "make coverage"
+Row = dict[str, Any]
+
+
+class _Wide(TorchFunctionMode):
+    """Inside, float32 is float64: then nothing is rounded on the way and the limit can be small."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        wide = {torch.float32: torch.float64}
+        args, kwargs = tree_map(lambda x: wide.get(x, x) if isinstance(x, torch.dtype) else x, (args, kwargs or {}))
+        return args[0].double() if func is torch.Tensor.float else func(*args, **kwargs)
+
+
+def check(model_type: str) -> Row:
+    """What a type is: "served" with its kinds and how far it is from the definitions, "refused" or "not built" with a reason."""
+    try:
+        model = tiny_models.build(model_type)
+    except Exception as error:
+        return {"state": "not built", "reason": _first_line(error)}
+    row: Row = {"class": type(model).__name__}
+    try:
+        engine = Engine(model, "reference")
+    except (NotImplementedError, ValueError) as error:
+        return row | {"state": "refused", "reason": str(error)}
+    refused = engine.plug.inspection.refused
+    kinds = [kind for kind in KINDS if kind not in refused]
+    row |= {"state": "served", "kinds": kinds, "refused": refused}
+    pairs = zoo.random_pairs(model, 2, 9, seed=3)
+    with torch.no_grad():
+        row["logits"] = _logits_error(engine, pairs.clean_ids)
+    row |= _attribution_error(engine, pairs, kinds)
+    row["patching"], row["patched"] = _patching_error(engine, pairs, kinds)
+    return row
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _share(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found - right).abs().max() / right.abs().max().clamp(min=1e-30))
+
+
+def _logits_error(engine: Engine, ids: torch.Tensor) -> float:
+    """Logits of the model taken apart, beside its own."""
+    plug = engine.plug
+    with plug.implementation("eager"):
+        own = engine.model(input_ids=ids, use_cache=False).logits
+    with plug.plugged():
+        x, arguments = plug.enter(ids)
+        from atp_fast.hf import LayerRun
+
+        for number, given in enumerate(arguments):
+            x = plug.run_layer(number, x, given, LayerRun("reference"))
+        return _share(plug.logits(x), own)
+
+
+def _attribution_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str]) -> Row:
+    """The largest error of contribution and effect, as a share of the largest of its kind; and beside what."""
+    graddrop = "graddrop" not in engine.plug.inspection.refused
+    method = "atp*" if graddrop else "atp+qk"
+    found = engine.attribute(pairs, "nll", method, kinds, progress=False)
+    try:
+        if engine.plug.own_softmax:
+            raise NotImplementedError("the literal code knows transformers' attention interface only")
+        wanted = literal_attribution(engine.model, pairs, "nll", method, kinds)[:2]
+        beside = "literal"
+    except NotImplementedError:
+        known = [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
+        wanted = naive_attribution(engine.model, pairs, resolve("nll", pairs), known, graddrop)
+        beside = "naive"
+    errors = [
+        _share(ours[kind], right[kind])
+        for ours, right in zip((found.contribution, found.effect), wanted, strict=True)
+        for kind in right
+    ]
+    moved = min(float(wanted[0][kind].abs().max()) for kind in wanted[0])
+    return {"method": method, "beside": beside, "atp": max(errors), "smallest": moved}
+
+
+def _patching_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str]) -> tuple[float, int]:
+    known = [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
+    space: NodeSpace = engine.plug.space(pairs.width, known)
+    chosen = random.Random(0).sample(range(len(space)), min(PATCHED, len(space)))
+    nodes = [space.node(number) for number in chosen]
+    found = engine.patch(pairs, nodes, "nll", progress=False).effect
+    wanted, _ = naive_effects(engine.model, pairs, [[node] for node in nodes], resolve("nll", pairs))
+    return _share(found, wanted), len(nodes)
+
+
+# ---- all types, each in a process of its own
+
+
+def rows(types: Sequence[str]) -> Iterator[Row]:
+    for model_type in types:
+        command = [sys.executable, __file__, "--check", model_type]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            yield {"type": model_type, "state": "failed", "reason": f"ran over {TIME_LIMIT} s"}
+            continue
+        try:
+            row = json.loads(done.stdout.splitlines()[-1])
+        except (IndexError, json.JSONDecodeError):
+            said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+            row = {"state": "failed", "reason": said[-1]}
+        yield {"type": model_type, **row}
+
+
+def wrong(row: Row) -> str | None:
+    """What is wrong with a type, if something is: an error too large, or one that is not a refusal."""
+    if row["state"] in ("failed", "not built"):
+        return str(row["reason"])
+    if row["state"] == "refused":
+        reason, name = row["reason"], row["class"]
+        named = reason.startswith(f"{name} is not served: ") or reason.startswith("model ")
+        return None if named else f"refused without the class name: {reason}"
+    far = [f"{what} {row[what]:.1e}" for what in ("logits", "atp", "patching") if not row[what] <= LIMIT]
+    if row["smallest"] == 0:
+        far.append("a kind without effects")
+    return ", ".join(far) or None
+
+
+def page(found: Sequence[Row]) -> str:
+    """docs/models.md"""
+    served = [row for row in found if row["state"] == "served"]
+    return "\n".join([str(len(served))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", default=tiny_models.TYPES)
+    parser.add_argument("--check", metavar="TYPE", help="one type, here; prints JSON")
+    parser.add_argument("--write", type=Path, help="the page to write")
+    options = parser.parse_args()
+    if options.check:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore")
+        with _Wide():
+            print(json.dumps(check(options.check)))
+        return
+    found = []
+    for row in rows(options.types):
+        found.append(row)
+        print(row["type"], row["state"], wrong(row) or row.get("reason", ""), flush=True)
+    if options.write:
+        options.write.write_text(page(found), encoding="utf-8")
+    faults = [row["type"] for row in found if wrong(row)]
+    counts = {s: sum(row["state"] == s for row in found) for s in ("served", "refused", "not built", "failed")}
+    print(counts, f"{len(faults)} wrong: {' '.join(faults)}" if faults else "")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A tiny random model of every causal language model type that transformers registers: shared sizes, and exceptions."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+# given to a config that has such a setting; the first name of several that mean the same is transformers' own
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "sliding_window": 4,
+    "is_decoder": True,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_group": 1,
+    # latent attention
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+}
+_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # latent attention has keys of every head
+_PADDED: dict[str, Any] = {"pad_token_id": 1}  # positions are counted from the padding
+_DECODER: dict[str, Any] = {
+    "d_model": 32,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 40,
+    "encoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT),
+    **dict.fromkeys(
+        ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+        _PADDED,
+    ),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr"),
+        _DECODER,
+    ),
+    "xmod": {**_PADDED, "default_language": "en_XX", "languages": ["en_XX"]},
+    **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 4}),
+    "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "modernbert-decoder": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "falcon": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 4, "num_heads": 4},
+    "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "pad_token_id": 1},
+    "qwen2_moe": {"use_sliding_window": False},
+    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "num_attention_heads": 4, "attention_head_size": 8},
+}
+# sizes of SIZES that a config has but does not take
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "falcon": ("head_dim", "num_key_value_heads"),
+    "prophetnet": ("num_hidden_layers", "num_attention_heads"),
+    "xlnet": ("max_position_embeddings",),
+    "xlstm": ("qk_head_dim", "v_head_dim", "head_dim"),
+}
+
+
+def _shared_sizes(config: Any) -> dict[str, Any]:
+    settings = {
+        name: size
+        for name, size in SIZES.items()
+        if _has(config, name) and name not in LEFT_OUT.get(config.model_type, ())
+    }
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None:
+            settings[name] = _shared_sizes(part)
+    return settings | EXCEPTIONS.get(config.model_type, {})
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # set per layer
+        return True
+
+
+def tiny_config(model_type: str) -> Any:
+    return AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
+
+
+def build(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The tiny model of a type, float64, in eval mode; every parameter has noise of its own."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    model = model.to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise * 0.2)
+    model = model.eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the default has no float64
+    return model
