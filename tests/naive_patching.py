@@ -42,7 +42,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
 
 # the first of these that a layer has is its down projection, where PARTS has no row
 _DOWN = """mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.proj_2 ffn.down_proj
-feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
+ffn.2 feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
 
 
 class Own(NamedTuple):
@@ -171,8 +171,8 @@ def _patch(
     return change
 
 
-def _down_of(layer: nn.Module) -> str:
-    names = {name for name, _ in layer.named_modules()}
+def _down_of(layers: Sequence[nn.Module]) -> str:
+    names = set.intersection(*({name for name, _ in layer.named_modules()} for layer in layers))
     return next((name for name in _DOWN if name in names), "")
 
 
@@ -188,7 +188,7 @@ class _Hooked:
         self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
         self.own = OWN.get(config.model_type)
         self.heads: int = config.num_attention_heads
-        self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers[0]))
+        self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers))
         self.dropped: int | None = None
         self.inputs: dict[int, Tensor] = {}
         self.rows = 0

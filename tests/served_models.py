@@ -11,12 +11,13 @@ naive_attribution.py, and 50 random nodes patched exactly with naive_patching.py
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import random
-import subprocess
+import resource
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def check(model_type: str) -> Row:
     return row
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
@@ -135,19 +136,32 @@ def _patching_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str]) ->
 
 
 def rows(types: Sequence[str]) -> Iterator[Row]:
+    fork = multiprocessing.get_context("fork")  # the imports, seconds of each process, are made once
     for model_type in types:
-        command = [sys.executable, __file__, "--check", model_type]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            yield {"type": model_type, "state": "failed", "reason": f"ran over {TIME_LIMIT} s"}
-            continue
-        try:
-            row = json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, json.JSONDecodeError):
-            said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-            row = {"state": "failed", "reason": said[-1]}
+        ours, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=_check_alone, args=(model_type, theirs))
+        process.start()
+        theirs.close()
+        row: Row = {"state": "failed", "reason": f"ran over {TIME_LIMIT} s"}
+        if ours.poll(TIME_LIMIT):
+            try:
+                row = ours.recv()
+            except EOFError:
+                row["reason"] = "its process ended without a word"
+        process.kill()
+        process.join()
         yield {"type": model_type, **row}
+
+
+def _check_alone(model_type: str, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    try:
+        with _Wide():
+            answer.send(check(model_type))
+    except BaseException as error:
+        answer.send({"state": "failed", "reason": _first_line(error)})
 
 
 def wrong(row: Row) -> str | None:
@@ -173,18 +187,8 @@ def page(found: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", default=tiny_models.TYPES)
-    parser.add_argument("--check", metavar="TYPE", help="one type, here; prints JSON")
     parser.add_argument("--write", type=Path, help="the page to write")
     options = parser.parse_args()
-    if options.check:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        torch.set_num_threads(1)
-        warnings.filterwarnings("ignore")
-        with _Wide():
-            print(json.dumps(check(options.check)))
-        return
     found = []
     for row in rows(options.types):
         found.append(row)

@@ -194,7 +194,7 @@ def _attention(
     z = _tape.get().attention(
         module, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window
     )
-    return z.transpose(1, 2), None
+    return z.transpose(1, 2).contiguous(), None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from atp_fast.attribution.runs import PairRuns, both_logits, corrupted_values, r
 from atp_fast.attribution.scores import Found, Place, Scores
 from atp_fast.attribution.tape import LayerTape, Values
 from atp_fast.hf import Plug
-from atp_fast.metrics import Metric
+from atp_fast.metrics import Metric, check_rows
 from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -86,6 +86,12 @@ def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, T
         clean, corrupted = both_logits(plug, runs, last, metric)
         source = corrupted if metric.needs_source_logits else None
         value = metric(clean, runs.given, source)
+        if not value.requires_grad:
+            raise ValueError(
+                f"metric {metric.name!r} must be differentiable in the logits, got values without a graph "
+                "(a detach, item, numpy, argmax or no_grad in it?)"
+            )
+        check_rows(metric, value, clean)
         gradient = torch.autograd.grad(value.sum(), last)[0]
     return value.detach(), metric(corrupted, runs.given, source), gradient
 

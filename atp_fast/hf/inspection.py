@@ -76,6 +76,7 @@ def trace(
     Raises NotImplementedError naming the submodule through which no gradient flows (quantised weights, say).
     """
     names = {module: name for name, module in layer.module.named_modules()}
+    why = hooked(layer.module)
     calls: list[Call] = []
     entered: list[nn.Module] = []
 
@@ -96,7 +97,7 @@ def trace(
         tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
         if any(t.requires_grad for t in tensors) and not result.requires_grad:
             raise NotImplementedError(
-                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?)"
+                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?){why}"
             )
         if tensors:
             # a copy: some layers add to it in place
@@ -161,10 +162,23 @@ def find_writes(
                     layer.attn_write, layer.mlp_write = first, second
         if layer.attn_write is not None:
             return
-    raise NotImplementedError("does not add an attention write and an MLP write to its input")
+    raise NotImplementedError(
+        f"does not add an attention write and an MLP write to its input{hooked(layer.module)}"
+    )
+
+
+def hooked(module: nn.Module) -> str:
+    """In brackets, which of its modules have forward hooks that may be why; nothing where none has."""
+    names = [
+        name or type(inner).__name__
+        for name, inner in module.named_modules()
+        if inner._forward_hooks or inner._forward_pre_hooks
+    ]
+    return f" (forward hooks on {', '.join(names[:3])}: do they change it?)" if names else ""
 
 
 def check_model(model: nn.Module) -> PreTrainedModel:
+    model = getattr(model, "_orig_mod", model)  # as it was before torch.compile
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {name}")
@@ -181,7 +195,13 @@ def check_model(model: nn.Module) -> PreTrainedModel:
         raise NotImplementedError(
             f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
         )
-    check_eval(model)
+    parameters = list(model.parameters())
+    if all(p.is_meta for p in parameters):
+        raise ValueError(f"model must hold its weights, those of this {name} are on the meta device")
+    if any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "model must be made outside torch.inference_mode: no gradient can be taken through such weights"
+        )
     return model
 
 

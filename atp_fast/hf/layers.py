@@ -24,6 +24,7 @@ from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, runnin
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.hf.scores import taken_over
+from atp_fast.hf.switching import alone_with
 
 
 class LayerArguments(NamedTuple):
@@ -151,19 +152,20 @@ class LayeredModel:
             "_attn_implementation_internal": name,
             "_experts_implementation_internal": "eager",
         }
-        before = [
-            (config, key, getattr(config, key))
-            for config in self._configs
-            for key in wanted
-            if hasattr(config, key)
-        ]
-        try:
-            for config, key, _ in before:
-                setattr(config, key, wanted[key])
-            yield
-        finally:
-            for config, key, old in before:
-                setattr(config, key, old)
+        with alone_with(self.model):
+            before = [
+                (config, key, getattr(config, key))
+                for config in self._configs
+                for key in wanted
+                if hasattr(config, key)
+            ]
+            try:
+                for config, key, _ in before:
+                    setattr(config, key, wanted[key])
+                yield
+            finally:
+                for config, key, old in before:
+                    setattr(config, key, old)
 
     @contextlib.contextmanager
     def plugged(self) -> Iterator[None]:
@@ -171,14 +173,14 @@ class LayeredModel:
 
         All is restored at the end.
         """
-        check_eval(self.model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        own = own_linears(self._linears, self.device, self.backend)
-        with self.implementation("eager" if self.own_softmax else NAME), own:
+        with self.implementation("eager" if self.own_softmax else NAME):
+            check_eval(self.model)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
             try:
                 for p in trained:
                     p.requires_grad_(False)
-                yield
+                with own_linears(self._linears, self.device, self.backend):
+                    yield
             finally:
                 for p in trained:
                     p.requires_grad_(True)

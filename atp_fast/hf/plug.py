@@ -15,14 +15,17 @@ from atp_fast.hf.inspection import (
     Call,
     Inspection,
     Layer,
+    check_eval,
     check_finite,
     check_model,
     find_down_projection,
     find_writes,
     first_tensor,
+    hooked,
     trace,
 )
 from atp_fast.hf.layers import LayeredModel
+from atp_fast.hf.switching import alone_with
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
@@ -45,9 +48,12 @@ class Plug(LayeredModel):
     """
 
     def __init__(self, model: nn.Module, backend: str = "auto") -> None:
-        super().__init__(check_model(model), backend)
-        with self._refusing():
-            self._open()
+        served = check_model(model)
+        with alone_with(served):
+            check_eval(served)
+            super().__init__(served, backend)
+            with self._refusing():
+                self._open()
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -159,7 +165,7 @@ class Plug(LayeredModel):
                 with torch.no_grad():
                     alone = LayerRun(self.backend, prefix=prefix)
                     rest = self.run_layer(number, x[:, half:], moved[number], alone)
-                self.moves = self._error(rest, out[:, half:]) <= self._tolerance(out)
+                self.moves = self._error(rest, out[:, half:].detach()) <= self._tolerance(out)
             x = out.detach()
         if len(shapes) != 1:
             raise NotImplementedError(
@@ -229,6 +235,7 @@ class Plug(LayeredModel):
         if not error <= self._tolerance(own):
             raise NotImplementedError(
                 f"{self.name} is not served: taken apart, its {what} differ from its own by {error:.1e} of the largest"
+                f"{hooked(self.model)}"
             )
 
     def _check_gradients(self) -> None:

@@ -1,0 +1,317 @@
+"""Use that nobody planned: modes, threads, compiled and adapted models, hooks, odd metrics, broken files."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import zoo
+from atp_fast import Engine, PromptPairs
+from atp_fast.nodes import Node
+
+KINDS = ["q", "k", "v", "z", "neuron"]
+
+
+def numbers(model: nn.Module, pairs: PromptPairs, **options: Any) -> dict[str, Tensor]:
+    found = Engine(model, "reference").attribute(pairs, nodes=KINDS, progress=False, **options)
+    return found.contribution
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float = 0.0) -> None:
+    for kind, right in wanted.items():
+        assert right.abs().max() > 0
+        assert (found[kind] - right).abs().max() <= limit * right.abs().max(), kind
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return zoo.build("llama")
+
+
+@pytest.fixture(scope="module")
+def pairs(model: PreTrainedModel) -> PromptPairs:
+    return zoo.random_pairs(model, 3, 8, ragged=True, shared_prefix=2)
+
+
+# ---- modes of torch
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_modes(model: PreTrainedModel, pairs: PromptPairs, mode: Callable[[], Any]) -> None:
+    """The same numbers, from an engine, pairs and results made inside; the mode is what it was afterwards."""
+    nodes = [Node("k", 0, 4, 1), Node("neuron", 2, 5, 3)]
+    wanted = numbers(model, pairs)
+    exact = Engine(model, "reference").patch(pairs, nodes, progress=False).effect
+    with mode():
+        before = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        inside = zoo.random_pairs(model, 3, 8, ragged=True, shared_prefix=2)
+        engine = Engine(model, "reference")
+        found = engine.attribute(inside, nodes=KINDS, progress=False)
+        assert_same(found.contribution, wanted)
+        assert torch.equal(engine.patch(inside, nodes, progress=False).effect, exact)
+        bound = engine.bound_missed(inside, forwards=90, probability=0.5, nodes=["z"], progress=False)
+        assert bound.forwards > 0
+        assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
+    assert not found.contribution["z"].is_inference()
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = zoo.build("gpt2")
+    with pytest.raises(ValueError, match=r"must be made outside torch\.inference_mode"):
+        Engine(model)
+
+
+def test_a_model_without_weights() -> None:
+    model = zoo.build("gpt2").to("meta")
+    with pytest.raises(ValueError, match="model must hold its weights, those of this GPT2LMHead"):
+        Engine(model)
+
+
+# ---- threads
+
+
+def test_two_threads_on_one_model(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    """The second waits; both get the numbers of one alone, with an engine each or one for both."""
+    wanted = numbers(model, pairs)
+    shared = Engine(model, "reference")
+    found: list[dict[str, Tensor]] = []
+    failed: list[Exception] = []
+
+    def work(engine: Engine | None) -> None:
+        try:
+            for _ in range(3):
+                engine = engine or Engine(model, "reference")
+                found.append(engine.attribute(pairs, nodes=KINDS, progress=False).contribution)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(e,)) for e in (shared, shared, None, None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    assert len(found) == 12
+    for one in found:
+        assert_same(one, wanted)
+
+
+def test_a_thread_waits_for_the_other(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    """Inside the first one's metric nothing of the second's has begun."""
+    events: list[str] = []
+    second: list[threading.Thread] = []
+
+    def slow(logits: Tensor) -> Tensor:
+        events.append("first in")
+        if not second:
+            second.append(threading.Thread(target=lambda: other.attribute(pairs, quick, progress=False)))
+            second[0].start()
+            second[0].join(0.5)
+            events.append("first out")
+        return logits[:, -1, 0]
+
+    def quick(logits: Tensor) -> Tensor:
+        events.append("second")
+        return logits[:, -1, 0]
+
+    first, other = Engine(model, "reference"), Engine(model, "reference")
+    first.attribute(pairs, slow, nodes=["z"], progress=False)
+    second[0].join()
+    assert events.index("second") > events.index("first out")
+    assert "second" in events
+
+
+def test_two_engines_on_one_model(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    wanted = numbers(model, pairs)
+    engines = [Engine(model, "reference") for _ in range(2)]
+    for engine in engines * 2:
+        assert_same(engine.attribute(pairs, nodes=KINDS, progress=False).contribution, wanted)
+
+
+# ---- models that something was done to
+
+
+def whole(model: PreTrainedModel) -> nn.Module:
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def in_place(model: PreTrainedModel) -> nn.Module:
+    model.compile()
+    return model
+
+
+def its_forward(model: PreTrainedModel) -> nn.Module:
+    model.forward = torch.compile(model.forward)
+    return model
+
+
+def its_layers(model: PreTrainedModel) -> nn.Module:
+    for layer in model.model.layers:
+        layer.compile()
+    return model
+
+
+def wrapped_layers(model: PreTrainedModel) -> nn.Module:
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place, its_forward, its_layers, wrapped_layers])
+def test_compiled_models(
+    pairs: PromptPairs, model: PreTrainedModel, compiled: Callable[[PreTrainedModel], nn.Module]
+) -> None:
+    """They run as they were written, nothing is compiled on the way, and they are still compiled afterwards."""
+    import torch._dynamo
+
+    ours = compiled(zoo.build("llama"))
+    torch._dynamo.utils.counters.clear()
+    before = {name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()}
+    assert_same(numbers(ours, pairs), numbers(model, pairs))
+    assert not torch._dynamo.utils.counters["frames"]
+    after = {name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()}
+    assert after == before
+
+
+def test_adapted_models(pairs: PromptPairs) -> None:
+    """A LoRA model of peft: by itself with the adapter, as the merged weights give."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(zoo.build("llama", wide_norms=True), config).double().eval()
+    trained = [p.requires_grad for p in adapted.parameters()]
+    found = numbers(adapted.get_base_model(), pairs)
+    assert [p.requires_grad for p in adapted.parameters()] == trained
+    assert_same(found, numbers(adapted.merge_and_unload(), pairs), 1e-9)
+    plain = numbers(zoo.build("llama", wide_norms=True), pairs)
+    assert (plain["z"] - found["z"]).abs().max() > 1e-3 * plain["z"].abs().max()
+
+
+def test_tied_weights(pairs: PromptPairs) -> None:
+    tied = zoo.build("llama", wide_norms=True, tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    apart = zoo.build("llama", wide_norms=True)
+    apart.load_state_dict(tied.state_dict())
+    assert apart.lm_head.weight is not apart.model.embed_tokens.weight
+    assert_same(numbers(tied, pairs), numbers(apart, pairs))
+
+
+def test_gradient_checkpointing_and_dropout(pairs: PromptPairs) -> None:
+    """A model set up for training, then put into evaluation mode."""
+    trained = zoo.build("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    trained.gradient_checkpointing_enable()
+    trained.eval()
+    assert_same(numbers(trained, pairs), numbers(zoo.build("gpt2"), pairs))
+    assert trained.is_gradient_checkpointing
+    trained.transformer.h[1].mlp.dropout.train()
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        Engine(trained)
+
+
+# ---- hooks and metrics of the user's
+
+
+def test_a_hook_that_changes_a_layer_is_named(pairs: PromptPairs) -> None:
+    model = zoo.build("llama")
+    layer = model.model.layers[1]
+    handle = layer.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(NotImplementedError, match=r"forward hooks on LlamaDecoderLayer: do they change"):
+        Engine(model).attribute(pairs)
+    handle.remove()
+    Engine(model).attribute(pairs, nodes=["z"], progress=False)
+
+
+def test_a_hook_that_only_looks_is_no_matter(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    try:
+        wanted = numbers(model, pairs)
+    finally:
+        handle.remove()
+    assert seen
+    assert_same(numbers(model, pairs), wanted)
+
+
+def test_a_hook_that_cuts_the_graph_is_refused(pairs: PromptPairs) -> None:
+    """Where it cuts is named, and that a hook may have done it."""
+    model = zoo.build("llama")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, out: out.detach())
+    with pytest.raises(
+        NotImplementedError,
+        match=r"layer 1: no gradient flows through mlp\.up_proj \(.*forward hooks on mlp\.up_proj",
+    ):
+        Engine(model)
+
+
+def of_mean(logits: Tensor) -> Tensor:
+    values = logits[:, -1, 3]
+    return values - values.mean()
+
+
+def of_neighbour(logits: Tensor) -> Tensor:
+    values = logits[:, -1, 3]
+    return values - torch.cat([values[:1] * 0, values[:-1]])
+
+
+def in_batches(logits: Tensor, pairs: PromptPairs) -> Tensor:
+    return of_mean(logits)
+
+
+@pytest.mark.parametrize("metric", [of_mean, of_neighbour, in_batches])
+@pytest.mark.parametrize("verb", ["attribute", "patch"])
+def test_a_metric_that_mixes_pairs(
+    model: PreTrainedModel, pairs: PromptPairs, metric: Any, verb: str
+) -> None:
+    engine = Engine(model, "reference")
+    call: Any = engine.attribute if verb == "attribute" else engine.patch
+    given = () if verb == "attribute" else ([Node("z", 0, 4, 1)],)
+    with pytest.raises(ValueError, match=f"'{metric.__name__}' must give each pair the value of its own"):
+        call(pairs, *given, metric=metric, progress=False)
+
+
+def test_a_metric_of_one_pair_mixes_nothing(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    """With one pair alone there is no other, and rows that share a constant do not mix."""
+    engine = Engine(model, "reference")
+    found = engine.attribute(pairs, lambda logits: logits[:, -1, 3] + 5, nodes=["z"], progress=False)
+    assert found.effect["z"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda logits: logits[:, -1, 3].detach(),
+        lambda logits: logits[:, -1].argmax(-1).double(),
+        lambda logits: torch.tensor([row[-1, 3].item() for row in logits]),
+    ],
+    ids=["detach", "argmax", "item"],
+)
+def test_a_metric_without_a_gradient(
+    model: PreTrainedModel, pairs: PromptPairs, metric: Any
+) -> None:
+    """It has no AtP score; exact patching needs no gradient."""
+    engine = Engine(model, "reference")
+    with pytest.raises(ValueError, match="must be differentiable in the logits"):
+        engine.attribute(pairs, metric, progress=False)
+    assert engine.patch(pairs, [Node("z", 0, 4, 1)], metric, progress=False).effect.shape == (3, 1)
+
+
+def test_effects_that_vanish_are_said_once(model: PreTrainedModel, pairs: PromptPairs) -> None:
+    """A metric whose gradient is zero, unlike one that has a gradient, and unlike prompts that do not differ."""
+    engine = Engine(model, "reference")
+    with pytest.warns(UserWarning, match="identical"):
+        same = PromptPairs(pairs.clean_ids, pairs.clean_ids, pairs.answer_ids)
+    with pytest.warns(UserWarning, match="every effect of k, z is 0, although .* '<lambda>'") as said:
+        engine.attribute(pairs, lambda logits: 0 * logits[:, -1, 3], nodes=["k", "z"], progress=False)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.attribute(pairs, nodes=KINDS, progress=False)
+        engine.attribute(same, "nll", nodes=["k", "z"], progress=False)
