@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
 }
 
 # the first of these that a layer has is its down projection, where PARTS has no row
-_DOWN = """mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.proj_2 ffn.down_proj
+_DOWN = """mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 ffn.down_proj
 ffn.2 feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import zoo
-from atp_fast import Engine, PromptPairs
+from atp_fast import Attribution, Engine, PromptPairs, load_model
 from atp_fast.nodes import Node
+from tokenizers_for_tests import bpe
 
 KINDS = ["q", "k", "v", "z", "neuron"]
 
@@ -315,3 +324,174 @@ def test_effects_that_vanish_are_said_once(model: PreTrainedModel, pairs: Prompt
         warnings.simplefilter("error")
         engine.attribute(pairs, nodes=KINDS, progress=False)
         engine.attribute(same, "nll", nodes=["k", "z"], progress=False)
+
+
+# ---- files
+
+
+@pytest.fixture(scope="module")
+def result(model: PreTrainedModel, pairs: PromptPairs) -> Attribution:
+    return Engine(model, "reference").attribute(pairs[:2], nodes=["k"], per_pair=True, progress=False)
+
+
+def everything(found: Attribution) -> list[Any]:
+    tables = [found.contribution["k"], found.effect["k"], found.per_pair["k"]]
+    numbers = [x.tolist() for x in (*tables, found.counts, found.clean_value, found.corrupted_value)]
+    return [*numbers, found.space, found.metadata, found.model, found.metric, found.tokens]
+
+
+def test_a_changed_byte_is_an_error_or_changes_nothing(result: Attribution, tmp_path: Path) -> None:
+    """Anywhere in a file: lengths, names, dtypes, texts, numbers. Blanks behind the header are nobody's."""
+    path = tmp_path / "run.safetensors"
+    result.save(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    wanted = everything(Attribution.load(path))
+    refused = 0
+    places = [*range(0, header, 5), *range(header, len(whole), 61), len(whole) - 1]
+    for place in places:
+        for bit in (1, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            try:
+                assert everything(Attribution.load(path)) == wanted
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > 0.9 * 2 * len(places)
+
+
+def test_results_of_before_have_no_digest(result: Attribution, tmp_path: Path) -> None:
+    """Format 1 is still read; one that says it is of that format and has a digest is no such file."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "run.safetensors"
+    result.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header["format"] = "atp_fast.attribution/1"
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ValueError, match="must hold atp_fast.attribution/2, got .*/1"):
+        Attribution.load(path)
+    del header["digest"]
+    save_file(tensors, path, metadata=header)
+    assert everything(Attribution.load(path)) == everything(result)
+
+
+STEPS = ("touch", "save_file", "chmod", "replace")
+
+
+def killed_save(found: Attribution, path: Path, step: str, when: str) -> int:
+    """The signal that ended a process which saves a result and is killed before or after one step of it."""
+    import safetensors.torch
+
+    if pid := os.fork():
+        return os.WTERMSIG(os.waitpid(pid, 0)[1])
+    owner: Any = safetensors.torch if step == "save_file" else Path
+    own = getattr(owner, step)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        if when == "after":
+            own(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, step, killed)
+    try:
+        found.save(path)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_save_that_is_killed(result: Attribution, tmp_path: Path, step: str) -> None:
+    """kill -9 before or after any step leaves the old file or the new one, never a part."""
+    path = tmp_path / "run.safetensors"
+    result.save(path)
+    old = path.read_bytes()
+    other = Attribution(**{**vars(result), "metric": "another"})
+    for when in ("before", "after"):
+        path.write_bytes(old)
+        assert killed_save(other, path, step, when) == signal.SIGKILL
+        if (step, when) == ("replace", "after"):
+            assert Attribution.load(path).metric == "another"
+        else:
+            assert path.read_bytes() == old
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size")
+def test_a_full_disk(result: Attribution, tmp_path: Path) -> None:
+    """The error names the file, the old one is whole, and nothing is left beside it."""
+    path = tmp_path / "run.safetensors"
+    result.save(path)
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {path}"):
+            result.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_byte_order_mark(tmp_path: Path, kind: str) -> None:
+    """As Windows editors put ahead of a file."""
+    text = {
+        "jsonl": json.dumps({"clean": "When Mary went", "corrupted": "When John went", "answer": " bar"}) + "\n",
+        "csv": "clean,corrupted,label\nWhen Mary went,When John went, bar\n",
+    }[kind]
+    read = {"jsonl": PromptPairs.from_jsonl, "csv": PromptPairs.from_csv}[kind]
+    found = []
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.{kind}"
+        path.write_bytes(mark + text.encode())
+        found.append(read(path, bpe()))
+    assert torch.equal(found[0].clean_ids, found[1].clean_ids)
+    assert found[0].digest() == found[1].digest()
+
+
+# ---- model folders from strangers
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("how", ["code", "code for a known type", "tokenizer code", "pickle"])
+def test_a_hostile_folder_runs_nothing(tmp_path: Path, how: str) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(Path(__file__).parent / "data" / "tiny_llama_2L", folder)
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+    if how == "pickle":
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+        with (folder / "pytorch_model.bin").open("wb") as file:
+            pickle.dump(Bomb(marker), file)
+    elif how == "tokenizer code":
+        (folder / "own.py").write_text(code)
+        change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
+    else:
+        (folder / "own.py").write_text(code)
+        auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        change(folder / "config.json", auto_map=auto)
+        if how == "code":
+            change(folder / "config.json", model_type="own")
+    if how in ("code", "pickle"):
+        with pytest.raises((OSError, ValueError, pickle.UnpicklingError, RuntimeError)):
+            load_model(str(folder))
+    else:
+        load_model(str(folder))  # by transformers' own code
+    assert not marker.exists()
+
+
+def change(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))

@@ -283,7 +283,7 @@ def infinite_logits(model: PreTrainedModel) -> None:
 
 
 def second_list(model: PreTrainedModel) -> None:
-    model.others = nn.ModuleList([nn.Identity() for _ in range(3)]).eval()
+    model.model.others = nn.ModuleList([nn.Identity() for _ in range(3)]).eval()
 
 
 def skipped_layer(model: PreTrainedModel) -> None:

@@ -50,6 +50,7 @@ SIZES: dict[str, Any] = {
 }
 _LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # latent attention has keys of every head
 _PADDED: dict[str, Any] = {"pad_token_id": 1}  # positions are counted from the padding
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER: dict[str, Any] = {
     "d_model": 32,
     "decoder_layers": 3,
@@ -61,7 +62,7 @@ _DECODER: dict[str, Any] = {
     "pad_token_id": 1,
 }
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "hy_v4", "minicpm3", "youtu"), _LATENT),
     **dict.fromkeys(
         ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
         _PADDED,
@@ -71,16 +72,40 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         _DECODER,
     ),
     "xmod": {**_PADDED, "default_language": "en_XX", "languages": ["en_XX"]},
+    "xlnet": {"d_head": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
     **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 4}),
-    "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    "modernbert-decoder": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "falcon": {},
+    **dict.fromkeys(("cwm", "modernbert-decoder"), _TOKENS),
+    **dict.fromkeys(
+        ("bamba", "granitemoehybrid"), {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    ),
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(
+            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
+        )
+    },
+    "ctrl": {"dff": 40},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "whisper": {**_DECODER, "max_target_positions": 64},
+    **dict.fromkeys(("emu3_text_model", "mllama_text_model"), _TOKENS),
+    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 48},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 3, "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_d_state": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 4, "num_heads": 4},
     "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "pad_token_id": 1},
     "qwen2_moe": {"use_sliding_window": False},
     "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "num_attention_heads": 4, "attention_head_size": 8},
 }
+# registered with the config of an encoder-decoder, of which the causal language model takes its part
+_DECODERS_OF = ("musicgen", "musicgen_melody")
 # sizes of SIZES that a config has but does not take
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "falcon": ("head_dim", "num_key_value_heads"),
@@ -99,6 +124,8 @@ def _shared_sizes(config: Any) -> dict[str, Any]:
     for name in getattr(config, "sub_configs", {}):
         if (part := getattr(config, name, None)) is not None:
             settings[name] = _shared_sizes(part)
+            if name not in ("text_config", "decoder") and "num_hidden_layers" in settings[name]:
+                settings[name]["num_hidden_layers"] = 2
     return settings | EXCEPTIONS.get(config.model_type, {})
 
 
@@ -110,7 +137,8 @@ def _has(config: Any, name: str) -> bool:
 
 
 def tiny_config(model_type: str) -> Any:
-    return AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
+    config = AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
+    return config.decoder if model_type in _DECODERS_OF else config
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:

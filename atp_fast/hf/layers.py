@@ -28,27 +28,43 @@ from atp_fast.hf.switching import alone_with
 
 
 class LayerArguments(NamedTuple):
-    """What the model hands one of its layers beside the hidden states."""
+    """What the model hands one of its layers beside the hidden states.
+
+    by_row: of each of its tensors, whether it has rows (or heads of rows) of the batch ahead; learnt by `Plug`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    by_row: tuple[bool, ...] = ()
 
     def rows(self, index: Tensor, batch: int) -> LayerArguments:
         """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
 
+        has_rows = iter(self.by_row)
+
         def pick(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 1 and batch > 1:
-                if value.shape[0] == batch:
-                    return value[index.to(value.device)]
-                if value.ndim == 3 and value.shape[0] % batch == 0:  # (batch * heads, 1, positions)?
-                    by_row = value.unflatten(0, (batch, -1))
-                    if bool((by_row == by_row[:1]).all()):  # no table of positions
-                        return by_row[index.to(value.device)].flatten(0, 1)
+            if isinstance(value, Tensor) and next(has_rows) and len(value) > 1:
+                return value.unflatten(0, (batch, -1))[index.to(value.device)].flatten(0, 1)
             if isinstance(value, tuple):
                 return tuple(pick(v) for v in value)
             return value
 
-        return LayerArguments(pick(self.args), {k: pick(v) for k, v in self.kwargs.items()})
+        kwargs = {key: pick(value) for key, value in self.kwargs.items()}
+        return LayerArguments(pick(self.args), kwargs, self.by_row)
+
+    def tensors(self) -> list[Tensor]:
+        """In the order in which `rows` meets them."""
+        found: list[Tensor] = []
+
+        def note(value: Any) -> None:
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, tuple):
+                for part in value:
+                    note(part)
+
+        note((*self.kwargs.values(), self.args))
+        return found
 
 
 class _Step(nn.Module):
@@ -78,15 +94,17 @@ class LayeredModel:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
-        self.own_softmax = not model._can_set_attn_implementation()
+        decoder = model.get_decoder()  # of a model that also sees images or hears
+        self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model
+        self.own_softmax = not self.decoder._can_set_attn_implementation()
         self.list_parent, self.list_name, modules = self._find_layers()
+        self.by_row: dict[bool, list[tuple[bool, ...]]] = {}  # by whether positions are given
         self.layers = [Layer(module, activations=find_activations(module)) for module in modules]
 
     def _find_layers(self) -> tuple[nn.Module, str, list[nn.Module]]:
         config = self.model.config.get_text_config(decoder=True)
         count = getattr(config, "decoder_layers", config.num_hidden_layers)
-        decoder = self.model.get_decoder()  # without the layers that see images
-        for root in (self.model, decoder if isinstance(decoder, nn.Module) else self.model):
+        for root in (self.model, self.decoder):
             found: list[tuple[str, nn.Module, str, list[nn.Module]]] = []
             for path, parent in root.named_modules():
                 for name, child in parent.named_children():
@@ -219,6 +237,8 @@ class LayeredModel:
         with self._stepped_over(None) as steps, torch.no_grad():
             self.model.base_model(input_ids=ids, use_cache=False, **where)
         arguments = [step.arguments for step in steps if step.arguments is not None]
+        if by_row := self.by_row.get(first_position > 0):
+            arguments = [a._replace(by_row=b) for a, b in zip(arguments, by_row, strict=True)]
         if len(arguments) != len(steps) or steps[0].hidden is None:
             raise NotImplementedError(
                 f"{self.name} is not served: it does not call its layers one after the other"

@@ -24,7 +24,7 @@ from atp_fast.hf.inspection import (
     hooked,
     trace,
 )
-from atp_fast.hf.layers import LayeredModel
+from atp_fast.hf.layers import LayerArguments, LayeredModel
 from atp_fast.hf.switching import alone_with
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
@@ -135,10 +135,12 @@ class Plug(LayeredModel):
     def _learn(self, ids: Tensor, own: Tensor) -> None:
         """Run a short prompt, find out what each layer is made of, and compare with the model's own eager logits."""
         x, arguments = self.enter(ids)
+        self._learn_rows(ids, 0, arguments)
         half = ids.shape[1] // 2
         if self.moves:  # roberta counts its positions from another number than 0
             start, moved = self.enter(ids[:, half:], half)
             self.moves = self._error(start, x[:, half:]) <= self._tolerance(x)
+            self._learn_rows(ids[:, half:], half, moved)
         shapes: set[tuple[int, ...]] = set()
         windows, streams = [], []
         for number, layer in enumerate(self.layers):
@@ -147,7 +149,7 @@ class Plug(LayeredModel):
             streams.append(x.detach())
             try:
                 with self.attending(run, len(x)):
-                    out, calls = trace(layer, x, *arguments[number], run)
+                    out, calls = trace(layer, x, arguments[number].args, arguments[number].kwargs, run)
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"
@@ -175,6 +177,17 @@ class Plug(LayeredModel):
         found.heads, found.kv_heads, found.head_dim, found.v_dim = shapes.pop()
         found.hidden, found.windows = x.shape[-1], tuple(windows)
         self._compare_with_eager(ids, [*streams, x], own)
+
+    def _learn_rows(self, ids: Tensor, first: int, one: Sequence[LayerArguments]) -> None:
+        """Which of the layers' arguments have rows of the batch: those that have twice as many for two prompts."""
+        two = self.enter(ids.expand(2, -1), first)[1]
+        self.by_row[first > 0] = [
+            tuple(
+                x.ndim > 0 and y.shape[0] == 2 * x.shape[0]
+                for x, y in zip(a.tensors(), b.tensors(), strict=True)
+            )
+            for a, b in zip(one, two, strict=True)
+        ]
 
     def _name_parts(
         self, number: int, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor
@@ -214,7 +227,7 @@ class Plug(LayeredModel):
         with self.implementation("eager"), torch.no_grad():
             x, arguments = self.enter(ids)
             for number, layer in enumerate(self.layers):
-                args, kwargs = arguments[number]
+                args, kwargs, _ = arguments[number]
                 eager = first_tensor(layer.module(streams[number], *args, **kwargs))
                 self._check_close(f"layer {number}'s output", streams[number + 1], eager)
                 x = first_tensor(layer.module(x, *args, **kwargs))
