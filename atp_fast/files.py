@@ -117,7 +117,9 @@ class loading:
         if found != wanted and (found != older or digest is not None):
             raise ValueError(f"{self.path} must hold {wanted}, got {found}")
         if found == wanted and digest != _digest(tensors, header):
-            raise ValueError(f"{self.path} must be what save wrote, its digest says that it was changed")
+            raise ValueError(
+                f"{self.path} must be what save wrote, its digest says that it was changed"
+            )
         del header["format"]
         try:
             return tensors, {name: json.loads(text) for name, text in header.items()}

@@ -82,7 +82,11 @@ def _of_pair(
             of_layers = []
             for layer in range(layers):
                 if kind in ("q", "k"):
-                    of_layers.append(_fixed(kind, moved[kind, layer], grad["z", layer], clean["k", layer].shape[1]))
+                    of_layers.append(
+                        _fixed(
+                            kind, moved[kind, layer], grad["z", layer], clean["k", layer].shape[1]
+                        )
+                    )
                     continue
                 delta = (corrupted[kind, layer] - clean[kind, layer])[0]
                 product = delta * grad[kind, layer][0]
@@ -97,7 +101,12 @@ def _of_pair(
 
 
 def _z_changes(
-    hooked: _Hooked, ids: Tensor, kind: str, layer: int, clean: dict[Key, Tensor], corrupted: dict[Key, Tensor]
+    hooked: _Hooked,
+    ids: Tensor,
+    kind: str,
+    layer: int,
+    clean: dict[Key, Tensor],
+    corrupted: dict[Key, Tensor],
 ) -> Tensor:
     """How z of the layer changes, (1, heads, positions, dim) for all queries, (keys, heads, positions, dim) for each key."""
     seen: dict[Key, Tensor] = {}

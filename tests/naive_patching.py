@@ -88,7 +88,9 @@ def _fused(path: str, name: str, z: str, heads: Callable[[Tensor, int, int], Ten
     return Own(*[f"{path}.{name}"] * 3, f"{path}.{z}", heads)
 
 
-_BERT = Own(*(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense", _apart)
+_BERT = Own(
+    *(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense", _apart
+)
 _BART = _projections("self_attn", "q_proj k_proj v_proj", "out_proj")
 OWN: dict[str, Own] = {
     "gpt_neo": _projections("attn.attention", "q_proj k_proj v_proj", "out_proj"),

@@ -65,7 +65,9 @@ def test_modes(model: PreTrainedModel, pairs: PromptPairs, mode: Callable[[], An
         found = engine.attribute(inside, nodes=KINDS, progress=False)
         assert_same(found.contribution, wanted)
         assert torch.equal(engine.patch(inside, nodes, progress=False).effect, exact)
-        bound = engine.bound_missed(inside, forwards=90, probability=0.5, nodes=["z"], progress=False)
+        bound = engine.bound_missed(
+            inside, forwards=90, probability=0.5, nodes=["z"], progress=False
+        )
         assert bound.forwards > 0
         assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
     assert not found.contribution["z"].is_inference()
@@ -121,7 +123,9 @@ def test_a_thread_waits_for_the_other(model: PreTrainedModel, pairs: PromptPairs
     def slow(logits: Tensor) -> Tensor:
         events.append("first in")
         if not second:
-            second.append(threading.Thread(target=lambda: other.attribute(pairs, quick, progress=False)))
+            second.append(
+                threading.Thread(target=lambda: other.attribute(pairs, quick, progress=False))
+            )
             second[0].start()
             second[0].join(0.5)
             events.append("first out")
@@ -184,10 +188,14 @@ def test_compiled_models(
 
     ours = compiled(zoo.build("llama"))
     torch._dynamo.utils.counters.clear()
-    before = {name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()}
+    before = {
+        name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()
+    }
     assert_same(numbers(ours, pairs), numbers(model, pairs))
     assert not torch._dynamo.utils.counters["frames"]
-    after = {name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()}
+    after = {
+        name: (vars(m).get("forward"), m._compiled_call_impl) for name, m in ours.named_modules()
+    }
     assert after == before
 
 
@@ -197,11 +205,21 @@ def test_adapted_models(pairs: PromptPairs) -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
     adapted = peft.get_peft_model(zoo.build("llama", wide_norms=True), config).double().eval()
     trained = [p.requires_grad for p in adapted.parameters()]
-    found = numbers(adapted.get_base_model(), pairs)
+    found = numbers(adapted, pairs)
     assert [p.requires_grad for p in adapted.parameters()] == trained
     assert_same(found, numbers(adapted.merge_and_unload(), pairs), 1e-9)
     plain = numbers(zoo.build("llama", wide_norms=True), pairs)
     assert (plain["z"] - found["z"]).abs().max() > 1e-3 * plain["z"].abs().max()
+
+
+def test_learnt_prompts_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(zoo.build("llama"), config).eval()
+    with pytest.raises(
+        NotImplementedError, match="PeftModelForCausalLM is not served: .* no tokens"
+    ):
+        Engine(model)
 
 
 def test_tied_weights(pairs: PromptPairs) -> None:
@@ -232,7 +250,9 @@ def test_a_hook_that_changes_a_layer_is_named(pairs: PromptPairs) -> None:
     model = zoo.build("llama")
     layer = model.model.layers[1]
     handle = layer.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(NotImplementedError, match=r"forward hooks on LlamaDecoderLayer: do they change"):
+    with pytest.raises(
+        NotImplementedError, match=r"forward hooks on LlamaDecoderLayer: do they change"
+    ):
         Engine(model).attribute(pairs)
     handle.remove()
     Engine(model).attribute(pairs, nodes=["z"], progress=False)
@@ -240,7 +260,9 @@ def test_a_hook_that_changes_a_layer_is_named(pairs: PromptPairs) -> None:
 
 def test_a_hook_that_only_looks_is_no_matter(model: PreTrainedModel, pairs: PromptPairs) -> None:
     seen = []
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    handle = model.model.layers[1].mlp.register_forward_hook(
+        lambda m, args, out: seen.append(out.shape)
+    )
     try:
         wanted = numbers(model, pairs)
     finally:
@@ -282,14 +304,18 @@ def test_a_metric_that_mixes_pairs(
     engine = Engine(model, "reference")
     call: Any = engine.attribute if verb == "attribute" else engine.patch
     given = () if verb == "attribute" else ([Node("z", 0, 4, 1)],)
-    with pytest.raises(ValueError, match=f"'{metric.__name__}' must give each pair the value of its own"):
+    with pytest.raises(
+        ValueError, match=f"'{metric.__name__}' must give each pair the value of its own"
+    ):
         call(pairs, *given, metric=metric, progress=False)
 
 
 def test_a_metric_of_one_pair_mixes_nothing(model: PreTrainedModel, pairs: PromptPairs) -> None:
     """With one pair alone there is no other, and rows that share a constant do not mix."""
     engine = Engine(model, "reference")
-    found = engine.attribute(pairs, lambda logits: logits[:, -1, 3] + 5, nodes=["z"], progress=False)
+    found = engine.attribute(
+        pairs, lambda logits: logits[:, -1, 3] + 5, nodes=["z"], progress=False
+    )
     assert found.effect["z"].abs().max() > 0
 
 
@@ -317,8 +343,12 @@ def test_effects_that_vanish_are_said_once(model: PreTrainedModel, pairs: Prompt
     engine = Engine(model, "reference")
     with pytest.warns(UserWarning, match="identical"):
         same = PromptPairs(pairs.clean_ids, pairs.clean_ids, pairs.answer_ids)
-    with pytest.warns(UserWarning, match="every effect of k, z is 0, although .* '<lambda>'") as said:
-        engine.attribute(pairs, lambda logits: 0 * logits[:, -1, 3], nodes=["k", "z"], progress=False)
+    with pytest.warns(
+        UserWarning, match="every effect of k, z is 0, although .* '<lambda>'"
+    ) as said:
+        engine.attribute(
+            pairs, lambda logits: 0 * logits[:, -1, 3], nodes=["k", "z"], progress=False
+        )
     assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -331,12 +361,16 @@ def test_effects_that_vanish_are_said_once(model: PreTrainedModel, pairs: Prompt
 
 @pytest.fixture(scope="module")
 def result(model: PreTrainedModel, pairs: PromptPairs) -> Attribution:
-    return Engine(model, "reference").attribute(pairs[:2], nodes=["k"], per_pair=True, progress=False)
+    return Engine(model, "reference").attribute(
+        pairs[:2], nodes=["k"], per_pair=True, progress=False
+    )
 
 
 def everything(found: Attribution) -> list[Any]:
     tables = [found.contribution["k"], found.effect["k"], found.per_pair["k"]]
-    numbers = [x.tolist() for x in (*tables, found.counts, found.clean_value, found.corrupted_value)]
+    numbers = [
+        x.tolist() for x in (*tables, found.counts, found.clean_value, found.corrupted_value)
+    ]
     return [*numbers, found.space, found.metadata, found.model, found.metric, found.tokens]
 
 
@@ -440,7 +474,10 @@ def test_a_full_disk(result: Attribution, tmp_path: Path) -> None:
 def test_a_byte_order_mark(tmp_path: Path, kind: str) -> None:
     """As Windows editors put ahead of a file."""
     text = {
-        "jsonl": json.dumps({"clean": "When Mary went", "corrupted": "When John went", "answer": " bar"}) + "\n",
+        "jsonl": json.dumps(
+            {"clean": "When Mary went", "corrupted": "When John went", "answer": " bar"}
+        )
+        + "\n",
         "csv": "clean,corrupted,label\nWhen Mary went,When John went, bar\n",
     }[kind]
     read = {"jsonl": PromptPairs.from_jsonl, "csv": PromptPairs.from_csv}[kind]
@@ -478,7 +515,9 @@ def test_a_hostile_folder_runs_nothing(tmp_path: Path, how: str) -> None:
             pickle.dump(Bomb(marker), file)
     elif how == "tokenizer code":
         (folder / "own.py").write_text(code)
-        change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
+        change(
+            folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]}
+        )
     else:
         (folder / "own.py").write_text(code)
         auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}

@@ -48,8 +48,6 @@ SIZES: dict[str, Any] = {
     "qk_head_dim": 16,
     "v_head_dim": 8,
 }
-_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # latent attention has keys of every head
-_PADDED: dict[str, Any] = {"pad_token_id": 1}  # positions are counted from the padding
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER: dict[str, Any] = {
     "d_model": 32,
@@ -58,52 +56,79 @@ _DECODER: dict[str, Any] = {
     "encoder_attention_heads": 4,
     "decoder_ffn_dim": 40,
     "encoder_ffn_dim": 40,
-    "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "hy_v4", "minicpm3", "youtu"), _LATENT),
-    **dict.fromkeys(
-        ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
-        _PADDED,
-    ),
-    **dict.fromkeys(
-        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr"),
-        _DECODER,
-    ),
-    "xmod": {**_PADDED, "default_language": "en_XX", "languages": ["en_XX"]},
-    "xlnet": {"d_head": 8},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
-    **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 4}),
-    **dict.fromkeys(("cwm", "modernbert-decoder"), _TOKENS),
-    **dict.fromkeys(
-        ("bamba", "granitemoehybrid"), {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
-    ),
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_ROTATION: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+
+# what else a type needs, or instead of SIZES
+_OTHERS: dict[str, dict[str, Any]] = {
+    # latent attention has keys of every head
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 minicpm3 youtu": {
+        "num_key_value_heads": 4
+    },
+    # positions are counted from the padding
+    "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl": {
+        "pad_token_id": 1
+    },
+    "xmod": {"pad_token_id": 1, "default_language": "en_XX", "languages": ["en_XX"]},
+    "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr": _DECODER,
+    "whisper": {**_DECODER, "max_target_positions": 64},
+    "prophetnet": {
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 3,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "pad_token_id": 1,
+    },
+    "cwm modernbert-decoder emu3_text_model mllama_text_model": _TOKENS,
+    "gptj codegen": {"rotary_dim": 4},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        "window_size": 4,
+        "num_heads": 4,
+    },
+    "bamba granitemoehybrid": _MAMBA,
+    "falcon_h1": {**_MAMBA, "mamba_d_head": 8, "mamba_d_ssm": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid", "mamba"],
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+    },
     "cohere_compass_text": {
-        "rope_parameters": dict.fromkeys(
-            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        )
+        "rope_parameters": {kind: _ROTATION for kind in ("full_attention", "sliding_attention")}
     },
     "ctrl": {"dff": 40},
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
-        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "ffn_config": {
+            "ffn_hidden_size": 40,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
     },
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
-    "whisper": {**_DECODER, "max_target_positions": 64},
-    **dict.fromkeys(("emu3_text_model", "mllama_text_model"), _TOKENS),
-    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 48},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 48,
+    },
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "lfm2_moe": {"layer_types": ["full_attention"] * 3, "num_dense_layers": 1},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_d_state": 8},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 4, "num_heads": 4},
-    "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "pad_token_id": 1},
+    "dots1": {"n_shared_experts": 1},
     "qwen2_moe": {"use_sliding_window": False},
-    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "num_attention_heads": 4, "attention_head_size": 8},
+    "reformer": {
+        "axial_pos_embds_dim": (16, 16),
+        "axial_pos_shape": (8, 8),
+        "attention_head_size": 8,
+    },
+    "xlnet": {"d_head": 8},
+    "zaya": {"num_experts_per_tok": 1},
 }
+EXCEPTIONS = {name: settings for names, settings in _OTHERS.items() for name in names.split()}
 # registered with the config of an encoder-decoder, of which the causal language model takes its part
 _DECODERS_OF = ("musicgen", "musicgen_melody")
 # sizes of SIZES that a config has but does not take

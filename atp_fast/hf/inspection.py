@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def hooked(module: nn.Module) -> str:
 
 
 def check_model(model: nn.Module) -> PreTrainedModel:
-    model = getattr(model, "_orig_mod", model)  # as it was before torch.compile
+    model = _unwrapped(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {name}")
@@ -197,12 +197,26 @@ def check_model(model: nn.Module) -> PreTrainedModel:
         )
     parameters = list(model.parameters())
     if all(p.is_meta for p in parameters):
-        raise ValueError(f"model must hold its weights, those of this {name} are on the meta device")
+        raise ValueError(
+            f"model must hold its weights, those of this {name} are on the meta device"
+        )
     if any(p.is_inference() for p in parameters):
         raise ValueError(
             "model must be made outside torch.inference_mode: no gradient can be taken through such weights"
         )
     return model
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model that torch.compile or peft has wrapped; peft's adapters stay in it."""
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "get_base_model"):
+        return cast(nn.Module, model)
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise NotImplementedError(
+            f"{type(model).__name__} is not served: it puts learnt vectors, which are no tokens, ahead of the prompt"
+        )
+    return cast(nn.Module, model.get_base_model())
 
 
 def check_eval(model: nn.Module) -> None:

@@ -44,7 +44,8 @@ class LayerArguments(NamedTuple):
 
         def pick(value: Any) -> Any:
             if isinstance(value, Tensor) and next(has_rows) and len(value) > 1:
-                return value.unflatten(0, (batch, -1))[index.to(value.device)].flatten(0, 1)
+                by_row = value.reshape(batch, -1, *value.shape[1:])
+                return by_row[index.to(value.device)].flatten(0, 1)
             if isinstance(value, tuple):
                 return tuple(pick(v) for v in value)
             return value
@@ -94,7 +95,7 @@ class LayeredModel:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
-        decoder = model.get_decoder()  # of a model that also sees images or hears
+        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # of a model that also sees images or hears
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model
         self.own_softmax = not self.decoder._can_set_attn_implementation()
         self.list_parent, self.list_name, modules = self._find_layers()

@@ -149,7 +149,9 @@ class Plug(LayeredModel):
             streams.append(x.detach())
             try:
                 with self.attending(run, len(x)):
-                    out, calls = trace(layer, x, arguments[number].args, arguments[number].kwargs, run)
+                    out, calls = trace(
+                        layer, x, arguments[number].args, arguments[number].kwargs, run
+                    )
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"

@@ -43,14 +43,16 @@ class Scores(Tensor):
 
     @staticmethod
     def of(parts: _Parts, like: Tensor) -> Scores:
-        made: Scores = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Scores = Tensor._make_wrapper_subclass(
             Scores, like.shape, dtype=like.dtype, device=parts.q.device
         )
         made.parts = parts
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"uses its attention scores in {func.__name__}")
 
 
@@ -99,9 +101,7 @@ class taken_over(TorchFunctionMode):
     ) -> Scores:
         """baddbmm: beta * input + alpha * batch1 batch2, over rows and heads; input may be of other rows."""
         parts = replace(self._product(batch1, batch2), scale=float(alpha))
-        like = torch.empty(
-            *batch1.shape[:2], batch2.shape[-1], dtype=batch1.dtype, device="meta"
-        )
+        like = torch.empty(*batch1.shape[:2], batch2.shape[-1], dtype=batch1.dtype, device="meta")
         scores = Scores.of(parts, like)
         if input.ndim == 3:
             heads = parts.q.shape[1]

@@ -28,8 +28,12 @@ def alone_with(model: nn.Module) -> Iterator[None]:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
         own = {module: vars(module) for module in model.modules()}
-        calls = [(m, "_compiled_call_impl") for m, has in own.items() if has.get("_compiled_call_impl")]
-        forwards = [(m, "forward") for m, has in own.items() if hasattr(has.get("forward"), _WRITTEN)]
+        calls = [
+            (m, "_compiled_call_impl") for m, has in own.items() if has.get("_compiled_call_impl")
+        ]
+        forwards = [
+            (m, "forward") for m, has in own.items() if hasattr(has.get("forward"), _WRITTEN)
+        ]
         with (
             switched(calls, lambda module, compiled: None),
             switched(forwards, lambda module, compiled: getattr(compiled, _WRITTEN)),
