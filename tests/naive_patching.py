@@ -189,7 +189,7 @@ class _Hooked:
         self.layers = next(list(m) for m in lists if len(m) == count)
         self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
         self.own = OWN.get(config.model_type)
-        self.heads: int = config.num_attention_heads
+        self.heads: int = 0 if self.own is None else config.num_attention_heads
         self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers))
         self.dropped: int | None = None
         self.inputs: dict[int, Tensor] = {}

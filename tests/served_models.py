@@ -17,8 +17,8 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 

@@ -17,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import zoo
 from atp_fast import Attribution, Engine, PromptPairs, load_model
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.nodes import Node
 from tokenizers_for_tests import bpe
 
@@ -296,11 +299,19 @@ def in_batches(logits: Tensor, pairs: PromptPairs) -> Tensor:
     return of_mean(logits)
 
 
-@pytest.mark.parametrize("metric", [of_mean, of_neighbour, in_batches])
-@pytest.mark.parametrize("verb", ["attribute", "patch"])
+@pytest.mark.parametrize(
+    ("verb", "metric"),
+    [
+        ("attribute", of_mean),
+        ("attribute", of_neighbour),
+        ("attribute", in_batches),
+        ("patch", in_batches),
+    ],
+)
 def test_a_metric_that_mixes_pairs(
-    model: PreTrainedModel, pairs: PromptPairs, metric: Any, verb: str
+    model: PreTrainedModel, pairs: PromptPairs, verb: str, metric: Any
 ) -> None:
+    """Its sum has no gradient, or another one than a pair's value. Patching takes one that sees all pairs at once."""
     engine = Engine(model, "reference")
     call: Any = engine.attribute if verb == "attribute" else engine.patch
     given = () if verb == "attribute" else ([Node("z", 0, 4, 1)],)
@@ -534,3 +545,59 @@ def test_a_hostile_folder_runs_nothing(tmp_path: Path, how: str) -> None:
 
 def change(path: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+# ---- configurations that nobody chose
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    layers=st.integers(1, 4),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([2, 6, 8]),
+    neurons=st.integers(1, 40),
+    length=st.integers(1, 64),
+    window=st.sampled_from([None, 1, 2, 5, 100]),
+    padding=st.sampled_from(["none", "right", "left"]),
+    shared=st.integers(0, 8),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_random_configurations(
+    layers: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    neurons: int,
+    length: int,
+    window: int | None,
+    padding: str,
+    shared: int,
+    count: int,
+    seed: int,
+) -> None:
+    """AtP* of any shape, prompt length, window and padding equals the literal code, by either CPU backend."""
+    model = zoo.build(
+        "mistral",
+        wide_norms=True,
+        seed=seed,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        hidden_size=kv_heads * group * head_dim,
+        head_dim=head_dim,
+        intermediate_size=neurons,
+        sliding_window=window,
+        max_position_embeddings=64,
+    )
+    side = "left" if padding == "left" else "right"
+    pairs = zoo.random_pairs(
+        model, count, length, seed, padding != "none", side, min(shared, length - 1)
+    )
+    wanted = literal_attribution(model, pairs, "nll", nodes=KINDS)[0]
+    largest = max(float(x.abs().max()) for x in wanted.values())
+    for backend in ("reference", "cpp"):
+        found = Engine(model, backend).attribute(pairs, "nll", nodes=KINDS, progress=False)
+        for kind, right in wanted.items():
+            assert (found.contribution[kind] - right).abs().max() <= 1e-9 * largest, kind

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -98,7 +96,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
     },
     "cohere_compass_text": {
-        "rope_parameters": {kind: _ROTATION for kind in ("full_attention", "sliding_attention")}
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROTATION)
     },
     "ctrl": {"dff": 40},
     "dbrx": {

@@ -68,7 +68,7 @@ class Plug(LayeredModel):
                 raise
             raise NotImplementedError(refused + str(error)) from error
         except ValueError as error:
-            if str(error).startswith("model "):
+            if str(error).startswith(("model ", "backend ")):
                 raise
             raise NotImplementedError(refused + self._failed(error)) from error
         except Exception as error:
@@ -126,10 +126,6 @@ class Plug(LayeredModel):
                 raise ValueError(
                     f"model must run on token ids alone, {self.name} raises {type(error).__name__} on {ids[0].tolist()}"
                 ) from error
-        if not bool(torch.isfinite(own).all()):
-            raise ValueError(
-                f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
-            )
         return own
 
     def _learn(self, ids: Tensor, own: Tensor) -> None:
@@ -227,6 +223,10 @@ class Plug(LayeredModel):
         one after the other must give the model's own logits.
         """
         with self.implementation("eager"), torch.no_grad():
+            if not bool(torch.isfinite(own).all()):
+                raise ValueError(
+                    f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
+                )
             x, arguments = self.enter(ids)
             for number, layer in enumerate(self.layers):
                 args, kwargs, _ = arguments[number]

@@ -266,7 +266,7 @@ def _softmax(scores: Scores, others: list[Any]) -> _Parts:
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("view", "reshape", "to", "float", "type_as", "contiguous", "dropout", "unsqueeze"), _same
+        ("view", "reshape", "to", "float", "double", "type_as", "contiguous", "dropout"), _same
     ),
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__"), _multiplied),
     **dict.fromkeys(("div", "__truediv__", "__itruediv__"), _divided),

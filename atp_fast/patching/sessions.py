@@ -174,7 +174,8 @@ class PatchSession:
         self.end = lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
 
     def _check_rows(self, logits: Tensor) -> None:
-        if self.metric in METRICS_BY_NAME.values():
+        """A metric that is called with parts of the pairs must not mix them; one that sees all at once may."""
+        if self.metric.all_pairs_at_once or self.metric in METRICS_BY_NAME.values():
             return
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
