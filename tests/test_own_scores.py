@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tiny_models
 from atp_fast import ops
+from atp_fast.hf import Plug
 from atp_fast.hf.attention import LayerRun
+from atp_fast.hf.modules import node_places
 from atp_fast.hf.scores import taken_over
 
 B, H, T, D = 2, 3, 7, 4
@@ -228,3 +231,17 @@ def test_other_products_are_left_alone() -> None:
         assert torch.equal(x @ x, torch.mm(x, x))
     q, k, _ = qkv()
     assert type(q @ k.mT) is Tensor
+
+
+def test_places_in_models_that_write_out_their_softmax() -> None:
+    """Projections ahead of a rotation or not, and one fused one, whose heads have no dimension more."""
+    found = node_places(Plug(tiny_models.build("gptj"), "reference"))
+    for kind in "qkv":
+        assert found[kind, 1] == (f"transformer.h.1.attn.{kind}_proj", "output")
+    assert found["z", 1] == ("transformer.h.1.attn.out_proj", "input")
+    plug = Plug(tiny_models.build("bloom"), "reference")
+    assert (plug.inspection.heads, plug.inspection.head_dim) == (4, 8)
+    assert node_places(plug)["q", 2] == (
+        "transformer.h.2.self_attention.query_key_value",
+        "output",
+    )

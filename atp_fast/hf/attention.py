@@ -75,6 +75,7 @@ class LayerRun:
     options: AttentionOptions | None = None
     attention_module: nn.Module | None = None
     calls: int = 0
+    biased: bool = False  # q and k have a last dimension more, which holds a bias per key
 
     def seen(self, kind: str, value: Tensor) -> Tensor:
         return value if self.visit is None else self.visit(kind, value)

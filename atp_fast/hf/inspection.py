@@ -25,6 +25,7 @@ class Layer:
 
     module: nn.Module
     as_tuple: bool = False
+    attention: nn.Module | None = None
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None

@@ -48,14 +48,15 @@ def node_places(plug: Plug) -> dict[tuple[str, int], Place]:
                 for module in layer.module.modules():
                     hooks.callback(module.register_forward_hook(_note(seen)).remove)
                 x = plug.run_layer(number, x, arguments[number], run)
-            attention = run.attention_module
+            attention = layer.attention
             assert attention is not None and run.q is not None and run.k is not None
             assert run.v is not None and run.z is not None
+            dim = run.q.shape[-1] - run.biased
             inner = {id(module) for module in attention.modules()}
             inside = [s for s in seen if id(s.module) in inner and s.module is not attention]
             found: dict[str, tuple[nn.Module, str] | None] = {
-                "q": _by_heads(inside, run.q),
-                "k": _by_heads(inside, run.k),
+                "q": _by_heads(inside, run.q[..., :dim]),
+                "k": _by_heads(inside, run.k[..., :dim]),
                 "v": _by_heads(inside, run.v),
                 "z": _by_input(inside, run.z) or (attention, "output"),
                 "neuron": None if layer.down is None else (layer.down, "input"),

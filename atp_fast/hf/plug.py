@@ -157,8 +157,10 @@ class Plug(LayeredModel):
             check_finite(out, f"layer {number}")
             assert run.q is not None and run.k is not None and run.v is not None
             assert run.options is not None and run.attention_module is not None
-            shapes.add((run.q.shape[1], run.k.shape[1], run.q.shape[3], run.v.shape[3]))
+            dim = run.q.shape[3] - run.biased
+            shapes.add((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
             windows.append(run.options.window)
+            layer.attention = run.attention_module
             self._name_parts(number, calls, run.attention_module, x.detach(), out.detach())
             if self.moves:
                 prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())

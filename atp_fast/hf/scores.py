@@ -120,6 +120,7 @@ class taken_over(TorchFunctionMode):
         q, k, scale = parts.q.to(v.dtype), parts.k.to(v.dtype), parts.scale
         if parts.bias is not None:
             q, k = _with_bias(q, k, parts.bias.to(v.dtype) / scale)
+            self.run.biased = True
         window = _window(parts.allowed, q.shape[2], k.shape[2])
         return self.run.attend(q, k, v, AttentionOptions(scale, window, None, None))
 
