@@ -60,7 +60,7 @@ def _of_pair(
             (kind, layer): _z_changes(hooked, pair.clean_ids, kind, layer, clean, corrupted)
             for kind in ("q", "k")
             for layer in range(layers)
-            if kind in kinds
+            if kind in kinds and (kind, layer) in clean
         }
 
     def effects(dropped: int | None) -> dict[str, Tensor]:
@@ -81,6 +81,9 @@ def _of_pair(
         for kind in kinds:
             of_layers = []
             for layer in range(layers):
+                if (kind, layer) not in clean:  # no attention there
+                    of_layers.append(None)
+                    continue
                 if kind in ("q", "k"):
                     of_layers.append(
                         _fixed(
@@ -94,7 +97,8 @@ def _of_pair(
                     of_layers.append(product.sum(-1).T)
                 else:
                     of_layers.append(product if kind == "neuron" else product.sum(-1, keepdim=True))
-            found[kind] = torch.stack(of_layers)
+            some = next(x for x in of_layers if x is not None)
+            found[kind] = torch.stack([some * 0 if x is None else x for x in of_layers])
         return found
 
     return effects(None), [effects(layer) for layer in range(layers)] if graddrop else []

@@ -32,7 +32,7 @@ import zoo
 from atp_fast import Engine, PromptPairs
 from atp_fast.attribution.literal import literal_attribution
 from atp_fast.metrics import resolve
-from atp_fast.nodes import KINDS, NodeSpace
+from atp_fast.nodes import ATTENTION_KINDS, KINDS, NodeSpace
 from naive_attribution import naive_attribution
 from naive_patching import naive_effects
 
@@ -129,8 +129,10 @@ def _attribution_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str])
 def _patching_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str]) -> tuple[float, int]:
     known = [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
     space: NodeSpace = engine.plug.space(pairs.width, known)
-    chosen = random.Random(0).sample(range(len(space)), min(PATCHED, len(space)))
-    nodes = [space.node(number) for number in chosen]
+    attends = [layer.attention is not None for layer in engine.plug.layers]
+    every = [space.node(number) for number in range(len(space))]
+    every = [node for node in every if node.kind not in ATTENTION_KINDS or attends[node.layer]]
+    nodes = random.Random(0).sample(every, min(PATCHED, len(every)))
     found = engine.patch(pairs, nodes, "nll", progress=False).effect
     wanted, _ = naive_effects(
         engine.model, pairs, [[node] for node in nodes], resolve("nll", pairs)

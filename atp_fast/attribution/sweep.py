@@ -147,12 +147,19 @@ class _Layer:
     def _through(self, cotangents: Tensor, first: int, inputs: Tensor | None) -> None:
         """A chunk of cotangents, the first of which is number `first`; those of the layer's input go into `inputs`."""
         tape, run = self.tape, self.tape.run
-        assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
         inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
-        wanted = [run.z, *(tape.values[kind] for kind in inner)]
-        grads = tape.from_output(cotangents, wanted if inputs is None else [*wanted, tape.x])
-        grad_z = grads[0]
-        for kind, grad in zip(inner, grads[1:], strict=False):
+        ends = [] if inputs is None else [tape.x]
+        if run.q is None or run.z is None:  # a layer without attention
+            wanted = [*(tape.values[kind] for kind in inner), *ends]
+            grads = tape.from_output(cotangents, wanted) if wanted else []
+            for kind, grad in zip(inner, grads, strict=False):
+                self._first_order(kind, grad, first)
+            if inputs is not None:
+                inputs.copy_(grads[-1])
+            return
+        wanted = [run.z, *(tape.values[kind] for kind in inner), *ends]
+        grad_z, *grads = tape.from_output(cotangents, wanted)
+        for kind, grad in zip(inner, grads, strict=False):
             self._first_order(kind, grad, first)
         if "z" in self.kinds:
             self._first_order("z", grad_z, first)

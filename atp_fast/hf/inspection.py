@@ -25,7 +25,7 @@ class Layer:
 
     module: nn.Module
     as_tuple: bool = False
-    attention: nn.Module | None = None
+    attention: nn.Module | None = None  # None: the layer mixes positions in another way
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None
@@ -115,7 +115,9 @@ def trace(
     return first_tensor(out), calls
 
 
-def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, hidden: int) -> int:
+def find_down_projection(
+    layer: Layer, calls: list[Call], attention: nn.Module | None, hidden: int
+) -> int:
     """Note the module whose input is the layer's neurons, and return how many there are.
 
     It is the last linear map outside attention that ends in the residual stream's width. Raises
@@ -124,7 +126,7 @@ def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, 
     mixture = [m for m in layer.module.modules() if _is_mixture(m)]
     if mixture:
         raise NotImplementedError(f"is a mixture of experts ({type(mixture[0]).__name__})")
-    inside = set(attention.modules())
+    inside = set() if attention is None else set(attention.modules())
     linear = [
         call
         for call in calls
@@ -137,7 +139,12 @@ def find_down_projection(layer: Layer, calls: list[Call], attention: nn.Module, 
 
 
 def find_writes(
-    layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor, scale: float
+    layer: Layer,
+    calls: list[Call],
+    attention: nn.Module | None,
+    x: Tensor,
+    out: Tensor,
+    scale: float,
 ) -> None:
     """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output, but for a constant.
 
@@ -146,7 +153,7 @@ def find_writes(
     NotImplementedError where none adds up to rounding.
     """
     added = out.double() - x.double()
-    own = set(layer.module.children()) | {attention}
+    own = {*layer.module.children(), attention}
     for parts in (own, set(layer.module.modules())):
         writes = [
             (call.module, scale * call.output.double().reshape(x.shape))

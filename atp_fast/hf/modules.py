@@ -49,25 +49,34 @@ def node_places(plug: Plug) -> dict[tuple[str, int], Place]:
                     hooks.callback(module.register_forward_hook(_note(seen)).remove)
                 x = plug.run_layer(number, x, arguments[number], run)
             attention = layer.attention
-            assert attention is not None and run.q is not None and run.k is not None
-            assert run.v is not None and run.z is not None
-            dim = run.q.shape[-1] - run.biased
-            inner = {id(module) for module in attention.modules()}
-            inside = [s for s in seen if id(s.module) in inner and s.module is not attention]
             found: dict[str, tuple[nn.Module, str] | None] = {
-                "q": _by_heads(inside, run.q[..., :dim]),
-                "k": _by_heads(inside, run.k[..., :dim]),
-                "v": _by_heads(inside, run.v),
-                "z": _by_input(inside, run.z) or (attention, "output"),
                 "neuron": None if layer.down is None else (layer.down, "input"),
                 "attn_out": None if layer.attn_write is None else (layer.attn_write, "output"),
                 "mlp_out": None if layer.mlp_write is None else (layer.mlp_write, "output"),
                 "resid_pre": (layer.module, "input"),
             }
+            if attention is not None:
+                found |= _in_attention(attention, run, seen)
             for kind in kinds:
-                module, side = found[kind] or (attention, "input")
-                places[kind, number] = Place(names[id(module)], side)
+                if (place := found.get(kind)) is not None:
+                    places[kind, number] = Place(names[id(place[0])], place[1])
     return places
+
+
+def _in_attention(
+    attention: nn.Module, run: LayerRun, seen: list[_Seen]
+) -> dict[str, tuple[nn.Module, str] | None]:
+    assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
+    dim = run.q.shape[-1] - run.biased
+    inner = {id(module) for module in attention.modules()}
+    inside = [s for s in seen if id(s.module) in inner and s.module is not attention]
+    before = attention, "input"
+    return {
+        "q": _by_heads(inside, run.q[..., :dim]) or before,
+        "k": _by_heads(inside, run.k[..., :dim]) or before,
+        "v": _by_heads(inside, run.v) or before,
+        "z": _by_input(inside, run.z) or (attention, "output"),
+    }
 
 
 def _has(plug: Plug, kind: str) -> bool:

@@ -26,7 +26,7 @@ from atp_fast.hf.inspection import (
 )
 from atp_fast.hf.layers import LayerArguments, LayeredModel
 from atp_fast.hf.switching import alone_with
-from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
+from atp_fast.nodes import ATTENTION_KINDS, COARSE_KINDS, KINDS, Node, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -152,23 +152,31 @@ class Plug(LayeredModel):
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"
                 ) from error
-            if run.calls != 1:
-                raise NotImplementedError(self._not_called(number, run.calls))
+            if run.calls > 1:
+                raise NotImplementedError(
+                    f"{self.name} is not served: layer {number} computes attention {run.calls} times"
+                )
             check_finite(out, f"layer {number}")
-            assert run.q is not None and run.k is not None and run.v is not None
-            assert run.options is not None and run.attention_module is not None
-            dim = run.q.shape[3] - run.biased
-            shapes.add((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
-            windows.append(run.options.window)
+            windows.append(None if run.options is None else run.options.window)
+            if run.q is None or run.k is None or run.v is None:
+                self.moves = False  # a layer without attention may carry a state
+            else:
+                dim = run.q.shape[3] - run.biased
+                shapes.add((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
             layer.attention = run.attention_module
             self._name_parts(number, calls, run.attention_module, x.detach(), out.detach())
-            if self.moves:
+            if self.moves and run.k is not None and run.v is not None:
                 prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())
                 with torch.no_grad():
                     alone = LayerRun(self.backend, prefix=prefix)
                     rest = self.run_layer(number, x[:, half:], moved[number], alone)
                 self.moves = self._error(rest, out[:, half:].detach()) <= self._tolerance(out)
             x = out.detach()
+        if not shapes:
+            raise NotImplementedError(
+                f"{self.name} is not served: no layer computes attention through transformers' attention interface or in its "
+                "own scores"
+            )
         if len(shapes) != 1:
             raise NotImplementedError(
                 f"{self.name} is not served: its layers have heads of different shapes"
@@ -190,7 +198,7 @@ class Plug(LayeredModel):
         ]
 
     def _name_parts(
-        self, number: int, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor
+        self, number: int, calls: list[Call], attention: nn.Module | None, x: Tensor, out: Tensor
     ) -> None:
         """Find the modules of a layer that are nodes; what it lacks is noted as refused, by node kind."""
         layer, found = self.layers[number], self.inspection
@@ -207,15 +215,6 @@ class Plug(LayeredModel):
         except NotImplementedError as error:
             why = f"layer {number} {error}"
             found.refused.update(attn_out=why, mlp_out=why, graddrop=why)
-
-    def _not_called(self, layer: int, calls: int) -> str:
-        if calls > 1:
-            why = f"layer {layer} computes attention {calls} times"
-        elif getattr(self.model.config, "num_attention_heads", None) is None:
-            why = f"layer {layer} has no attention (a state-space or recurrent layer)"
-        else:
-            why = f"layer {layer} computes its own softmax or none, not through transformers' attention interface"
-        return f"{self.name} is not served: {why}"
 
     def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor], own: Tensor) -> None:
         """Refuse a model that, taken apart, is not what its own eager code computes.
@@ -303,3 +302,8 @@ class Plug(LayeredModel):
         return NodeSpace(
             found.layers, positions, {kind: widths[kind] for kind in KINDS if kind in kinds}
         )
+
+    def check_node(self, node: Node) -> None:
+        """Raises ValueError for a query, key, value or output in a layer without attention."""
+        if node.kind in ATTENTION_KINDS and self.layers[node.layer].attention is None:
+            raise ValueError(f"layer {node.layer} of {self.name} has no attention, got {node}")

@@ -187,7 +187,7 @@ class PatchSession:
         """Bytes of both runs and of their node values."""
         kept = [*self.runs.clean, *self.runs.corrupted]
         for values, keys_values in zip(self.runs.values, self.runs.keys_values, strict=True):
-            kept += [*values.values(), *keys_values]
+            kept += [*values.values(), *(keys_values or ())]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(sizes.values())
 
@@ -361,7 +361,9 @@ class PatchSession:
         """The clean keys and values of the positions before `begin`, a row for each of `pair`."""
         if not begin:
             return None
-        return Prefix(*(t[:, :, :begin][pair] for t in self.runs.keys_values[layer]))
+        kept = self.runs.keys_values[layer]
+        assert kept is not None  # prefixes are run alone only where every layer has attention
+        return Prefix(*(t[:, :, :begin][pair] for t in kept))
 
     def _patch(
         self, layer: int, patches: Patches, pair: Tensor, begin: int
