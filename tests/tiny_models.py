@@ -45,6 +45,16 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_head_dim": 16,
     "v_head_dim": 8,
+    # linear attention and state spaces
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
 }
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER: dict[str, Any] = {
@@ -56,7 +66,8 @@ _DECODER: dict[str, Any] = {
     "encoder_ffn_dim": 40,
     "pad_token_id": 1,
 }
-_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16}
+_ONE_OF_THREE = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _ROTATION: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
 # what else a type needs, or instead of SIZES
@@ -86,14 +97,23 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "window_size": 4,
         "num_heads": 4,
     },
-    "bamba granitemoehybrid": _MAMBA,
+    "qwen3_next qwen3_5_text qwen3_5_moe_text": _ONE_OF_THREE,
+    "kimi_linear bailing_hybrid": {**_ONE_OF_THREE, "num_key_value_heads": 4},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA, **_ONE_OF_THREE},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
     "falcon_h1": {**_MAMBA, "mamba_d_head": 8, "mamba_d_ssm": 32},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "zamba2": {
-        "layer_types": ["mamba", "hybrid", "mamba"],
-        "mamba_ngroups": 1,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
         "n_mamba_heads": 4,
-        "mamba_d_state": 8,
+        "mamba_headdim": 16,
     },
     "cohere_compass_text": {
         "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROTATION)
@@ -127,8 +147,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 EXCEPTIONS = {name: settings for names, settings in _OTHERS.items() for name in names.split()}
-# registered with the config of an encoder-decoder, of which the causal language model takes its part
-_DECODERS_OF = ("musicgen", "musicgen_melody")
 # sizes of SIZES that a config has but does not take
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "falcon": ("head_dim", "num_key_value_heads"),
@@ -160,8 +178,7 @@ def _has(config: Any, name: str) -> bool:
 
 
 def tiny_config(model_type: str) -> Any:
-    config = AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
-    return config.decoder if model_type in _DECODERS_OF else config
+    return AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from atp_fast.hf.attention import LayerRun
 from atp_fast.hf.scores import Scores
 
+_POSITIONS = "rotary"  # modules that give tables of positions, through which no gradient flows in any model
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
 
@@ -24,7 +25,7 @@ class Layer:
     """One decoder layer and the modules whose inputs or outputs are nodes."""
 
     module: nn.Module
-    as_tuple: bool = False
+    outputs: int = 0  # so many that it returns in a tuple; 0: hidden states alone
     attention: nn.Module | None = None  # None: the layer mixes positions in another way
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
@@ -96,7 +97,8 @@ def trace(
         if not result.is_floating_point():
             return
         tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
-        if any(t.requires_grad for t in tensors) and not result.requires_grad:
+        cut = any(t.requires_grad for t in tensors) and not result.requires_grad
+        if cut and _POSITIONS not in type(module).__name__.lower():
             raise NotImplementedError(
                 f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?){why}"
             )

@@ -69,12 +69,12 @@ class LayerArguments(NamedTuple):
 
 
 class _Step(nn.Module):
-    """Stands in for a layer: keeps the arguments it is called with and returns `result` or its input."""
+    """Stands in for a layer: keeps the arguments it is called with and returns `result` or its input, and None for the rest."""
 
-    def __init__(self, layer: nn.Module, result: Tensor | None, as_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, result: Tensor | None, outputs: int) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # not a submodule: the layer stays where it is
-        self.result, self.as_tuple = result, as_tuple
+        self.result, self.outputs = result, outputs
         self.hidden: Tensor | None = None
         self.arguments: LayerArguments | None = None
 
@@ -83,10 +83,10 @@ class _Step(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.arguments = hidden_states, LayerArguments(args, kwargs)
         out = hidden_states if self.result is None else self.result
-        return (out,) if self.as_tuple else out
+        return (out, *[None] * (self.outputs - 1)) if self.outputs else out
 
 
 class LayeredModel:
@@ -209,7 +209,7 @@ class LayeredModel:
         """The model's layers replaced by steps, the last of which returns `result` if there is one."""
         last = len(self.layers) - 1
         steps = [
-            _Step(layer.module, result if i == last else None, layer.as_tuple)
+            _Step(layer.module, result if i == last else None, layer.outputs)
             for i, layer in enumerate(self.layers)
         ]
         original = self.list_parent._modules[self.list_name]

@@ -107,11 +107,11 @@ class Plug(LayeredModel):
         return ids if padding is None else ids.where(ids != padding, self.plain_token)
 
     def _own_logits(self, ids: Tensor) -> Tensor:
-        """The model's own eager logits; notes on the way whether its layers return tuples."""
+        """The model's own eager logits; notes on the way how many outputs its layers have."""
 
         def note(layer: Layer) -> Any:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                layer.as_tuple = isinstance(output, (tuple, list))
+                layer.outputs = len(output) if isinstance(output, (tuple, list)) else 0
 
             return hook
 
