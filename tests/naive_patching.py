@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
 }
 
 # the first of these that a layer has is its down projection, where PARTS has no row
-_DOWN = """mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 ffn.down_proj
+_DOWN = """output.adapter_modules.en_XX.dense2 mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 mlp_block.down_proj ffn.down_proj
 ffn.2 feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
 
 
@@ -201,18 +201,21 @@ class _Hooked:
         """A function (ids, change) -> logits, both over (rows, positions)."""
         ALL_ATTENTION_FUNCTIONS.register("naive_patching", _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register("naive_patching", eager_mask)
-        before, token = self.model.config._attn_implementation, _hooked.set(self)
+        # some models give their modules copies of the config
+        configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        token = _hooked.set(self)
         try:
-            if self.own is None:
-                self.model.set_attn_implementation("naive_patching")
+            for config, _ in before if self.own is None else ():
+                config._attn_implementation = "naive_patching"
             with ExitStack() as hooks:
                 for handle in self._hooks():
                     hooks.callback(handle.remove)
                 yield self._run
         finally:
             _hooked.reset(token)
-            if self.own is None:
-                self.model.set_attn_implementation(before)
+            for config, name in before:
+                config._attn_implementation = name
 
     def _run(self, ids: Tensor, change: Change) -> Tensor:
         with torch.no_grad():

@@ -241,6 +241,8 @@ def _forward(
         for handle in handles:
             handle.remove()
     if index is not None:
+        if logits.shape[1] == ids.shape[1]:  # a model that does not know logits_to_keep
+            index = last
         logits = logits[torch.arange(len(ids), device=ids.device), index, None]
     return tape, logits
 

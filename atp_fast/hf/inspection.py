@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from atp_fast.hf.attention import LayerRun
 from atp_fast.hf.scores import Scores
 
-_POSITIONS = "rotary"  # modules that give tables of positions, through which no gradient flows in any model
+_POSITIONS = (
+    "rotary"  # modules that give tables of positions, through which no gradient flows in any model
+)
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
 
@@ -134,10 +136,32 @@ def find_down_projection(
         for call in calls
         if call.module not in inside and _is_linear(call.module) and call.output.shape[-1] == hidden
     ]
-    if not linear:
+    if not linear or not _by_position(layer.module, linear[-1].module, calls):
         raise NotImplementedError("has no down projection")
     layer.down = linear[-1].module
     return linear[-1].input.shape[-1]
+
+
+def _by_position(layer: nn.Module, down: nn.Module, calls: list[Call]) -> bool:
+    """Whether the part of a layer with its last linear map is an MLP: what goes in backwards comes out backwards.
+
+    The output projection of a state-space layer is no down projection.
+    """
+    part = next(child for child in layer.children() if down in set(child.modules()))
+    call = next((call for call in calls if call.module is part), None)
+    if call is None:
+        return True
+    try:
+        with torch.no_grad():
+            backwards = first_tensor(part(call.input.flip(-2))).flip(-2)
+    except (
+        TypeError,
+        RuntimeError,
+    ):  # it wants more than hidden states, as no mixer of positions does
+        return True
+    return torch.allclose(
+        backwards, call.output, rtol=1e-2, atol=1e-2 * float(call.output.abs().max())
+    )
 
 
 def find_writes(
@@ -201,7 +225,7 @@ def check_model(model: nn.Module) -> PreTrainedModel:
         raise NotImplementedError(
             f"{name} is not served: it is no causal language model (an encoder, or a model without its head)"
         )
-    if getattr(config, "num_attention_heads", None) is None and not hasattr(config, "text_config"):
+    if _no_heads(config):
         raise NotImplementedError(
             f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
         )
@@ -215,6 +239,14 @@ def check_model(model: nn.Module) -> PreTrainedModel:
             "model must be made outside torch.inference_mode: no gradient can be taken through such weights"
         )
     return model
+
+
+def _no_heads(config: Any) -> bool:
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except Exception:  # transformers' own: each layer has a number of its own
+        return False
+    return heads is None and not hasattr(config, "text_config")
 
 
 def _unwrapped(model: Any) -> nn.Module:

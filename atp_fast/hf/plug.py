@@ -187,8 +187,11 @@ class Plug(LayeredModel):
         self._compare_with_eager(ids, [*streams, x], own)
 
     def _learn_rows(self, ids: Tensor, first: int, one: Sequence[LayerArguments]) -> None:
-        """Which of the layers' arguments have rows of the batch: those that have twice as many for two prompts."""
-        two = self.enter(ids.expand(2, -1), first)[1]
+        """Which of the layers' arguments have rows of the batch: those that have twice as many for two prompts.
+
+        Such rows must be the same for all prompts: the clean run's arguments are the corrupted run's too.
+        """
+        two = self.enter(torch.cat([ids, ids.flip(1)]), first)[1]
         self.by_row[first > 0] = [
             tuple(
                 x.ndim > 0 and y.shape[0] == 2 * x.shape[0]
@@ -196,6 +199,12 @@ class Plug(LayeredModel):
             )
             for a, b in zip(one, two, strict=True)
         ]
+        for number, (given, by_row) in enumerate(zip(two, self.by_row[first > 0], strict=True)):
+            for x, rows in zip(given.tensors(), by_row, strict=True):
+                if rows and not torch.equal(*x.chunk(2)):
+                    raise NotImplementedError(
+                        f"layer {number} is given more of the prompt than its hidden states"
+                    )
 
     def _name_parts(
         self, number: int, calls: list[Call], attention: nn.Module | None, x: Tensor, out: Tensor
