@@ -120,6 +120,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
     },
     "ctrl": {"dff": 40},
     "dbrx": {
+        "d_model": 32,
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {
             "ffn_hidden_size": 40,
