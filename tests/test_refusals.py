@@ -316,7 +316,7 @@ def test_what_is_the_models_own_error_is_no_refusal_of_ours() -> None:
     layer, own = model.model.layers[1], model.model.layers[1].forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        first, second = x.chunk(1, 1) if x.requires_grad else (x, x)
+        first, _second = x.chunk(1, 1) if x.requires_grad else (x, x)
         return own(first, *args, **kwargs)
 
     layer.forward = forward

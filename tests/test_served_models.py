@@ -59,5 +59,7 @@ def test_the_page_is_of_this_transformers_and_holds_every_type() -> None:
     counts = re.search(r"Of the (\d+) .* \*\*(\d+) are served exactly", text)
     assert counts is not None
     assert int(counts[1]) == len(tiny_models.TYPES)
+    readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{counts[2]} of the {counts[1]} causal language model types" in readme
     served = text.split("## Refused")[0]
     assert int(counts[2]) == len(re.findall(r"^\| [\w.-]+ \| \w+ \|", served, re.MULTILINE)) - 1

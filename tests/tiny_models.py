@@ -148,6 +148,16 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 EXCEPTIONS = {name: settings for names, settings in _OTHERS.items() for name in names.split()}
+# what transformers itself does not build from a small config (or not without timm)
+NOT_BUILT = (
+    "dots3_note",
+    "gemma3n",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "musicgen",
+    "musicgen_melody",
+    "zamba",
+)
 # sizes of SIZES that a config has but does not take
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "falcon": ("head_dim", "num_key_value_heads"),
