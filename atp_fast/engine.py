@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from atp_fast.attribution.question import Question, check_method
 from atp_fast.attribution.runs import shared_start
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.sweep import sweep
-from atp_fast.hf import Plug
+from atp_fast.hf import Plug, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
 from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
@@ -48,6 +49,7 @@ class Engine:
     not in evaluation mode, cannot be intercepted, or cannot be served exactly.
     """
 
+    @recording
     def __init__(
         self,
         model: nn.Module,
@@ -56,11 +58,13 @@ class Engine:
         memory_budget: int | str | None = None,
     ) -> None:
         check_backend(backend)
-        self.model, self.precision = model, check_precision(precision)
+        self.precision = check_precision(precision)
         self._asked_budget = read_budget(memory_budget)
         self.plug = Plug(model, backend)
+        self.model = self.plug.model
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
 
+    @recording
     def attribute(
         self,
         pairs: PromptPairs,
@@ -112,6 +116,7 @@ class Engine:
                 )
                 clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
         seconds = time.perf_counter() - began
+        _warn_of_nothing(scores, run_pairs, measure)
         counts = pairs.present.sum(0).cpu()
         per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
         return Attribution(
@@ -164,6 +169,7 @@ class Engine:
         """
         return self._patched(pairs, None, subsets, pair_index, metric, direction, progress)
 
+    @recording
     def bound_missed(
         self,
         pairs: PromptPairs,
@@ -205,6 +211,7 @@ class Engine:
         """Candidate nodes on these pairs, whose sets the baselines and the bound patch (see `patching.subsets.Patcher`)."""
         return NodePatcher(self.patching(pairs, _kinds_of(nodes), metric, direction), nodes)
 
+    @recording
     def patching(
         self,
         pairs: PromptPairs,
@@ -220,6 +227,7 @@ class Engine:
         budget = budget_for(self.plug, self._asked_budget)
         return Patching(self.plug, run_pairs, resolve(metric, run_pairs), kinds, budget)
 
+    @recording
     def _patched(
         self,
         pairs: PromptPairs,
@@ -242,6 +250,7 @@ class Engine:
         space = self.plug.space(pairs.width, kinds)
         for node in distinct:
             space.check(node)
+            self.plug.check_node(node)
         numbers = None
         if sets is not None:
             place = {node: i for i, node in enumerate(distinct)}
@@ -328,6 +337,17 @@ class Engine:
             "seconds": f"{seconds:.3f}",
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
+
+
+def _warn_of_nothing(scores: Scores, pairs: PromptPairs, metric: Metric) -> None:
+    """Prompts that differ have values that differ; in a model of several layers some of every kind have an effect."""
+    none = [kind for kind, score in scores.score.items() if not bool(score.any())]
+    if none and scores.space.layers > 1 and bool((pairs.split < pairs.lengths).any()):
+        warnings.warn(
+            f"every effect of {', '.join(none)} is 0, although the prompts differ: metric {metric.name!r} does not depend on "
+            "them (part of it detached, or saturated?), or a forward hook cuts the graph",
+            stacklevel=3,
+        )
 
 
 def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMAT = "atp_fast.{kind}/1"
+_FORMAT = "atp_fast.{kind}/2"
+_WITHOUT_DIGEST = "atp_fast.{kind}/1"
 
 
 @contextmanager
@@ -74,11 +76,23 @@ def save_tensors(
     # safetensors refuses tensors that share memory, and views of a larger tensor often do.
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     texts = {name: json.dumps(value) for name, value in header.items()}
+    texts["format"] = _FORMAT.format(kind=kind)
     with written_whole(path) as temporary:
         try:
-            save_file(whole, temporary, metadata={"format": _FORMAT.format(kind=kind)} | texts)
+            save_file(whole, temporary, metadata=texts | {"digest": _digest(whole, texts)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """SHA-256 of everything that a file says: a number that a disk has changed is then no number."""
+    import torch
+
+    seen = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
+    for name, x in sorted(tensors.items()):
+        seen.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        seen.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return seen.hexdigest()
 
 
 class loading:
@@ -90,7 +104,7 @@ class loading:
     def __enter__(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.path.exists():
             raise FileNotFoundError(f"no result file at {self.path}")
-        wanted = _FORMAT.format(kind=self.kind)
+        wanted, older = (text.format(kind=self.kind) for text in (_FORMAT, _WITHOUT_DIGEST))
         try:
             with safe_open(self.path, framework="pt") as file:
                 header = dict(file.metadata() or {})
@@ -99,10 +113,15 @@ class loading:
             raise ValueError(
                 f"{self.path} must be a file written by save, whole and readable, got: {error}"
             ) from error
-        found = header.pop("format", "no format at all")
-        if found != wanted:
+        found, digest = header.get("format", "no format at all"), header.pop("digest", None)
+        if found != wanted and (found != older or digest is not None):
             version = " (of another version of atp_fast)" if _same_kind(found, wanted) else ""
             raise ValueError(f"{self.path} must hold {wanted}, got {found}{version}")
+        if found == wanted and digest != _digest(tensors, header):
+            raise ValueError(
+                f"{self.path} must be what save wrote, its digest says that it was changed"
+            )
+        del header["format"]
         try:
             return tensors, {name: json.loads(text) for name, text in header.items()}
         except json.JSONDecodeError as error:

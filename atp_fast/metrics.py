@@ -24,7 +24,8 @@ class Metric:
     fn: (logits, pairs, source_logits) -> (pairs,), differentiable in logits. logits: (pairs, n, vocab), with n = 1,
     each pair's last real position, when positions is "last", else every column of the pairs' own layout;
     source_logits: the same of the run whose activations are patched in (the corrupted one when noising), or None.
-    needs_source_logits: fn reads source_logits; all_pairs_at_once: fn must see all pairs in one call.
+    needs_source_logits: fn reads source_logits; all_pairs_at_once: fn must see all pairs in one call;
+    mixes_pairs: a pair's value may depend on the others' logits, which is an error otherwise (`check_rows`).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Metric:
     positions: Literal["last", "all"] = "last"
     needs_source_logits: bool = False
     all_pairs_at_once: bool = False
+    mixes_pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.positions not in ("last", "all"):
@@ -74,6 +76,28 @@ class Metric:
         return values
 
 
+def check_rows(metric: Metric, values: Tensor, logits: Tensor) -> None:
+    """Raises ValueError where the first or the last pair's value depends on another pair's logits.
+
+    values: the metric of logits (pairs, positions, vocab), of which it has the graph. Effects are those of a pair on its own
+    metric: a pair's value minus the mean of all, say, has none, for its sum over pairs never changes.
+    """
+    if len(values) < 2 or metric.mixes_pairs or metric in METRICS_BY_NAME.values():
+        return
+    for row in (0, len(values) - 1):
+        (gradient,) = torch.autograd.grad(
+            values[row], logits, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        largest = gradient.abs().amax((1, 2))
+        largest[row] *= torch.finfo(gradient.dtype).eps ** 0.5
+        other = int(largest.argmax())
+        if other != row and float(largest[other]) > 0:
+            raise ValueError(
+                f"metric {metric.name!r} must give each pair the value of its own logits, the value of pair {row} depends "
+                f"on the logits of pair {other}"
+            )
+
+
 MetricLike = str | Metric | Callable[..., Any]
 """A metric's name, a Metric, or a callable as `resolve` takes it."""
 
@@ -105,13 +129,13 @@ def kl(logits: Tensor, pairs: PromptPairs, source_logits: Tensor | None = None) 
     return (source.exp() * (source - run).masked_fill(impossible, 0)).sum(-1)
 
 
-_NAMED = {
+METRICS_BY_NAME = {
     "nll": Metric("nll", nll),
     "logit_diff": Metric("logit_diff", logit_diff),
     "prob_diff": Metric("prob_diff", prob_diff),
     "kl": Metric("kl", kl, needs_source_logits=True),
 }
-METRICS = tuple(_NAMED)
+METRICS = tuple(METRICS_BY_NAME)
 
 
 def resolve(metric: MetricLike, pairs: PromptPairs) -> Metric:
@@ -142,7 +166,7 @@ def _chosen(metric: MetricLike, pairs: PromptPairs) -> Metric:
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):
-        if metric not in _NAMED:
+        if metric not in METRICS_BY_NAME:
             raise ValueError(
                 f"metric must be among {', '.join(METRICS)}, or a callable, got {metric!r}"
             )
@@ -151,7 +175,7 @@ def _chosen(metric: MetricLike, pairs: PromptPairs) -> Metric:
                 f"metric {metric!r} needs wrong_answer_ids (wrong_answers in from_text), got pairs without them; "
                 "'nll' needs none"
             )
-        return _NAMED[metric]
+        return METRICS_BY_NAME[metric]
     if not callable(metric):
         raise TypeError(f"metric must be a name or a callable, got {type(metric).__name__}")
     return _from_callable(metric)

@@ -73,8 +73,11 @@ def _load_folder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
+    # no code of the folder's own is run, nor is anybody asked whether it may be
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype="auto" if dtype is None else dtype, trust_remote_code=False
+    )
     return model, tokenizer
 
 
@@ -83,7 +86,7 @@ def _check_causal(name: str) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise OSError(
             f"model must be a hub id, a local folder or {DEMO_MODEL!r}, got {name!r}: {error}"

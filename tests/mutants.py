@@ -38,6 +38,8 @@ EXPERTS = "tests/test_patching.py -k 'mixtral or gpt_oss'"
 STOP = "tests/test_engine.py -k stopped"
 SPANS = "tests/test_spans.py"
 REFUSE = "tests/test_refusals.py"
+SCORES = "tests/test_own_scores.py"
+HARD = "tests/test_hard_use.py -k 'not random'"
 OPTIONS = "tests/test_cli_options.py"
 OPS = "tests/test_ops_cpp.py"
 REPORT = "tests/test_report.py"
@@ -959,6 +961,106 @@ FAULTS = [
         "options = {p.name: False for p in parameters if p.name in",
         "options = {p.name: True for p in parameters if p.name in",
         f"{EAP} -k four_argument",
+    ),
+    # models that write out their softmax, and those whose layers are of several kinds
+    Fault("atp_fast/hf/scores.py", "if not factor > 0 or", "if factor == 0 or", SCORES),
+    Fault(
+        "atp_fast/hf/scores.py",
+        "bias = None if parts.bias is None else parts.bias * factor",
+        "bias = parts.bias",
+        SCORES,
+    ),
+    Fault(
+        "atp_fast/hf/scores.py",
+        "parts.bias.to(v.dtype) / scale)",
+        "parts.bias.to(v.dtype))",
+        SCORES,
+    ),
+    Fault("atp_fast/hf/scores.py", "parts.allowed & ~out)", "parts.allowed | ~out)", SCORES),
+    Fault(
+        "atp_fast/hf/scores.py",
+        "_kept_out(_linear(scores), ~condition)",
+        "_kept_out(_linear(scores), condition)",
+        SCORES,
+    ),
+    Fault("atp_fast/hf/scores.py", "(j > i - width))).all()", "(j >= i - width))).all()", SCORES),
+    Fault(
+        "atp_fast/hf/scores.py", "if parts.zeroed is not None or others[0]", "if others[0]", SCORES
+    ),
+    Fault(
+        "atp_fast/hf/scores.py",
+        "if not bool((out | (more == per_key)).all()):",
+        "if False:",
+        SCORES,
+    ),
+    Fault("atp_fast/hf/scores.py", "[input * beta])", "[input])", SCORES),
+    Fault(
+        "atp_fast/hf/plug.py", "dim = run.q.shape[3] - run.biased", "dim = run.q.shape[3]", SCORES
+    ),
+    Fault("atp_fast/hf/plug.py", "self.moves = False  # a layer", "pass  # a layer", REFUSE),
+    Fault("atp_fast/hf/plug.py", "if rows and not torch.equal(*x.chunk(2)):", "if False:", REFUSE),
+    Fault(
+        "atp_fast/hf/plug.py",
+        "self.moves = self._error(rest, out[:, half:].detach()) <= self._tolerance(out)",
+        "pass",
+        REFUSE,
+    ),
+    Fault(
+        "atp_fast/hf/inspection.py",
+        "error = float((more - more[:, :1]).abs().max())",
+        "error = float(more.abs().max())",
+        REFUSE,
+    ),
+    Fault(
+        "atp_fast/hf/inspection.py",
+        "error = float((more - more[:, :1]).abs().max())",
+        "error = float((more - more).abs().max())",
+        REFUSE,
+    ),
+    Fault(
+        "atp_fast/attribution/sweep.py",
+        "inputs.copy_(grads[-1])",
+        "inputs.copy_(cotangents)",
+        REFUSE,
+    ),
+    # hard use
+    Fault("atp_fast/hf/switching.py", "    with lock:\n", "    if lock:\n", HARD),
+    Fault(
+        "atp_fast/hf/switching.py",
+        "with torch.inference_mode(False), torch.no_grad():",
+        "with torch.no_grad():",
+        HARD,
+    ),
+    Fault(
+        "atp_fast/hf/switching.py",
+        "switched(forwards, lambda module, compiled: getattr(compiled, _WRITTEN)),",
+        "",
+        HARD,
+    ),
+    Fault("atp_fast/hf/switching.py", "switched(calls, lambda module, compiled: None),", "", HARD),
+    Fault("atp_fast/metrics.py", "for row in (0, len(values) - 1):", "for row in (0,):", HARD),
+    Fault(
+        "atp_fast/metrics.py",
+        "if len(values) < 2 or metric.mixes_pairs",
+        "if metric.mixes_pairs",
+        HARD,
+    ),
+    Fault(
+        "atp_fast/files.py",
+        "if found == wanted and digest != _digest(tensors, header):",
+        "if False:",
+        HARD,
+    ),
+    Fault("atp_fast/files.py", "(found != older or digest is not None)", "found != older", HARD),
+    Fault(
+        "atp_fast/files.py", "        seen.update(x.contiguous()", "        (x.contiguous()", HARD
+    ),
+    Fault("atp_fast/engine.py", "_warn_of_nothing(scores, run_pairs, measure)", "pass", HARD),
+    Fault(
+        "atp_fast/engine.py",
+        "if none and scores.space.layers > 1 and",
+        "if none and",
+        HARD + " tests/test_engine.py",
     ),
 ]
 

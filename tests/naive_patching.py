@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,73 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "phi": ("self_attn", "mlp", "mlp.fc2"),
     "opt": ("self_attn", "fc2", "fc2"),
     "olmo2": _NORMED,
-    "gpt_oss": ("self_attn", "mlp", "mlp.experts"),
-    "mixtral": ("self_attn", "mlp", "mlp.experts"),
+    "gpt_oss": ("self_attn", "mlp", ""),
+    "mixtral": ("self_attn", "mlp", ""),
+}
+
+# the first of these that a layer has is its down projection, where PARTS has no row
+_DOWN = """output.adapter_modules.en_XX.dense2 mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 mlp_block.down_proj ffn.down_proj
+ffn.2 feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
+
+
+class Own(NamedTuple):
+    """Where a layer that writes out its own softmax has q, k, v (a module's output each) and z (a module's input).
+
+    heads: (projection's output (rows, positions, width), heads, which of q, k, v) -> (rows, positions, heads, dim), a view.
+    """
+
+    q: str
+    k: str
+    v: str
+    z: str
+    heads: Callable[[Tensor, int, int], Tensor]
+
+
+def _apart(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _q_k_v(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (3, heads, -1))[:, :, which]
+
+
+def _q_k_v_of_each_head(x: Tensor, heads: int, which: int) -> Tensor:
+    return x.unflatten(-1, (heads, 3, -1))[..., which, :]
+
+
+def _one_key_head(x: Tensor, heads: int, which: int) -> Tensor:
+    by_head = x.unflatten(-1, (heads + 2, -1))
+    return by_head[:, :, (slice(0, -2), slice(-2, -1), slice(-1, None))[which]]
+
+
+def _codegen(x: Tensor, heads: int, which: int) -> Tensor:
+    """Four groups of heads, each q, v, k; one head per group here."""
+    return x.unflatten(-1, (4, 3, -1))[:, :, :, (0, 2, 1)[which]]
+
+
+def _projections(path: str, names: str, z: str) -> Own:
+    return Own(*(f"{path}.{name}" for name in (*names.split(), z)), _apart)
+
+
+def _fused(path: str, name: str, z: str, heads: Callable[[Tensor, int, int], Tensor]) -> Own:
+    return Own(*[f"{path}.{name}"] * 3, f"{path}.{z}", heads)
+
+
+_BERT = Own(
+    *(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense", _apart
+)
+_BART = _projections("self_attn", "q_proj k_proj v_proj", "out_proj")
+OWN: dict[str, Own] = {
+    "gpt_neo": _projections("attn.attention", "q_proj k_proj v_proj", "out_proj"),
+    "gptj": _projections("attn", "q_proj k_proj v_proj", "out_proj"),
+    "codegen": _fused("attn", "qkv_proj", "out_proj", _codegen),
+    "openai-gpt": _fused("attn", "c_attn", "c_proj", _q_k_v),
+    "gpt_neox_japanese": _fused("attention", "query_key_value", "dense", _q_k_v_of_each_head),
+    "bloom": _fused("self_attention", "query_key_value", "dense", _q_k_v_of_each_head),
+    "falcon": _fused("self_attention", "query_key_value", "dense", _one_key_head),
+    "mpt": _fused("attn", "Wqkv", "out_proj", _q_k_v),
+    **dict.fromkeys(("xglm", "trocr", "mvp"), _BART),
+    **dict.fromkeys(("megatron-bert", "rembert", "roformer", "big_bird"), _BERT),
 }
 
 Change = Callable[[str, int, Tensor], Tensor]
@@ -108,16 +173,26 @@ def _patch(
     return change
 
 
+def _down_of(layers: Sequence[nn.Module]) -> str:
+    names = set.intersection(*({name for name, _ in layer.named_modules()} for layer in layers))
+    return next((name for name in _DOWN if name in names), "")
+
+
 class _Hooked:
     """A plain model in which every node's value passes through the function `change`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        config = model.config.get_text_config()
+        config = model.config.get_text_config(decoder=True)
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        self.layers = next(list(m) for m in lists if len(m) == config.num_hidden_layers)
+        count = getattr(config, "decoder_layers", config.num_hidden_layers)
+        self.layers = next(list(m) for m in lists if len(m) == count)
         self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
-        self.parts = PARTS[config.model_type]
+        self.own = OWN.get(config.model_type)
+        self.heads: int = 0 if self.own is None else config.num_attention_heads
+        self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers))
+        self.dropped: int | None = None
+        self.inputs: dict[int, Tensor] = {}
         self.rows = 0
         self.change: Change = lambda kind, layer, x: x
 
@@ -126,21 +201,30 @@ class _Hooked:
         """A function (ids, change) -> logits, both over (rows, positions)."""
         ALL_ATTENTION_FUNCTIONS.register("naive_patching", _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register("naive_patching", eager_mask)
-        before, token = self.model.config._attn_implementation, _hooked.set(self)
+        # some models give their modules copies of the config
+        configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        token = _hooked.set(self)
         try:
-            self.model.set_attn_implementation("naive_patching")
+            for config, _ in before if self.own is None else ():
+                config._attn_implementation = "naive_patching"
             with ExitStack() as hooks:
                 for handle in self._hooks():
                     hooks.callback(handle.remove)
                 yield self._run
         finally:
             _hooked.reset(token)
-            self.model.set_attn_implementation(before)
+            for config, name in before:
+                config._attn_implementation = name
 
     def _run(self, ids: Tensor, change: Change) -> Tensor:
-        self.rows, self.change = len(ids), change
         with torch.no_grad():
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return self.run(ids, change)
+
+    def run(self, ids: Tensor, change: Change, dropped: int | None = None) -> Tensor:
+        """Logits; `dropped`: the layer through whose write no gradient flows."""
+        self.rows, self.change, self.dropped = len(ids), change, dropped
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _hooks(self) -> Iterator[Any]:
@@ -148,16 +232,50 @@ class _Hooked:
         for number, layer in enumerate(self.layers):
             hook = self._input_hook("resid_pre", number)
             yield layer.register_forward_pre_hook(hook, with_kwargs=True)
+            yield layer.register_forward_hook(self._drop_hook(number))
             for kind, name in (("attn_out", attention), ("mlp_out", mlp)):
-                module = layer.get_submodule(name)
-                yield module.register_forward_hook(self._output_hook(kind, number))
-            if down.endswith("experts"):
-                experts = layer.get_submodule(down)
+                if name:
+                    module = layer.get_submodule(name)
+                    yield module.register_forward_hook(self._output_hook(kind, number))
+            if self.own is not None:
+                for which, kind in enumerate("qkv"):
+                    module = layer.get_submodule(self.own[which])
+                    yield module.register_forward_hook(self._heads_hook(kind, number, which))
+                hook = self._z_hook(number)
+                yield layer.get_submodule(self.own.z).register_forward_pre_hook(hook)
+            experts = self._mixture(layer)
+            if experts is not None:
                 self.number[experts] = number
                 yield _Replaced(experts, self._experts)
-            else:
+            elif down:
                 hook = self._input_hook("neuron", number)
                 yield layer.get_submodule(down).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _heads_hook(self, kind: str, layer: int, which: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            output = output.clone()
+            value = self.own.heads(output, self.heads, which)
+            value[:] = self.change(kind, layer, value.transpose(1, 2)).transpose(1, 2)
+            return output
+
+        return hook
+
+    def _z_hook(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            value = args[0].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return self.change("z", layer, value).transpose(1, 2).flatten(2), *args[1:]
+
+        return hook
+
+    def _drop_hook(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.dropped != layer:
+                return output
+            before, after = self.inputs[layer], output[0] if isinstance(output, tuple) else output
+            held = before + (after - before).detach()
+            return (held, *output[1:]) if isinstance(output, tuple) else held
+
+        return hook
 
     def _experts(self, experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each token's experts one by one; their neurons stand side by side, 0 where an expert was not chosen."""
@@ -165,16 +283,24 @@ class _Hooked:
         for row, own in zip(x, chosen, strict=True):
             neurons = []
             for e in range(experts.num_experts):
-                h = _linear(experts, "gate_up_proj", e, row)
-                h = experts._apply_gate(h[None])[0]
+                h = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, row)
+                h = experts._apply_gate(h[None])[0] if experts.has_gate else experts.act_fn(h)
                 neurons.append(h if e in own.tolist() else torch.zeros_like(h))
             found.append(torch.cat(neurons))
         neurons = self._changed("neuron", self.number[experts], torch.stack(found))
         out = torch.zeros_like(x)
         for t, h in enumerate(neurons.view(len(x), experts.num_experts, -1)):
             for e, weight in zip(chosen[t].tolist(), weights[t], strict=True):
-                out[t] += weight * _linear(experts, "down_proj", e, h[e])
+                y = _linear(experts, "down_proj", e, h[e])
+                out[t] += weight * (
+                    experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+                )
         return out
+
+    @staticmethod
+    def _mixture(layer: nn.Module) -> Any:
+        """The layer's fused experts, if they go through transformers' interface."""
+        return next((m for m in layer.modules() if hasattr(m, "_is_expert_parallel")), None)
 
     def _input_hook(self, kind: str, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,7 +321,10 @@ class _Hooked:
 
     def _changed(self, kind: str, layer: int, x: Tensor) -> Tensor:
         """Some MLPs run on (rows * positions, width)."""
-        return self.change(kind, layer, x.reshape(self.rows, -1, x.shape[-1])).reshape(x.shape)
+        x = self.change(kind, layer, x.reshape(self.rows, -1, x.shape[-1])).reshape(x.shape)
+        if kind == "resid_pre":
+            self.inputs[layer] = x
+        return x
 
     def attention(
         self,

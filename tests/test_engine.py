@@ -242,9 +242,7 @@ def test_two_engines_on_one_model_do_not_meet() -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("bloom", "BloomForCausalLM is not served: it computes its own softmax"),
-        ("gpt_neo", "GPTNeoForCausalLM is not served: it computes its own softmax"),
-        ("falcon", "FalconForCausalLM is not served: it computes its own softmax"),
+        ("xlm", "XLMWithLMHeadModel is not served: it has 4 lists of 2 layers"),
         ("mamba", r"MambaForCausalLM is not served: .*state-space"),
         ("t5", "T5ForConditionalGeneration is not served: .*encoder-decoder"),
         ("bert", "BertForMaskedLM is not served: .*no causal language model"),

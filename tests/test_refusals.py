@@ -20,8 +20,13 @@ from transformers import (
 
 import zoo
 from atp_fast import Engine, PromptPairs
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.hf import inspect_model
 from atp_fast.hf.attention import _HARMLESS, LayerRun, _attention, _mask, running
+from atp_fast.metrics import resolve
+from atp_fast.nodes import Node
+from naive_attribution import naive_attribution
+from naive_patching import naive_effects
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -124,8 +129,10 @@ FOREIGN: dict[str, tuple[Rule, int | None]] = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_masks_are_refused(name: str) -> None:
-    with pytest.raises(NotImplementedError, match="no causal mask or causal sliding window"):
-        asked(*FOREIGN[name])
+    """By the layer that attends by one: bart makes one that nobody uses."""
+    mask = asked(*FOREIGN[name])
+    with pytest.raises(NotImplementedError, match="Identity has .* no causal mask or causal slid"):
+        attend(attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +142,16 @@ def test_a_mask_that_depends_on_the_input(error: Exception) -> None:
     def rule(q: Tensor, k: Tensor) -> Tensor:
         raise error
 
-    with pytest.raises(NotImplementedError, match=r"depends on its input \(row 7\)"):
-        asked(rule)
+    with pytest.raises(NotImplementedError, match="depends on the model's input"):
+        attend(attention_mask=asked(rule))
 
 
 def test_a_model_with_a_padding_mask_of_its_own() -> None:
-    with pytest.raises(NotImplementedError, match="the model made one"):
-        asked(lambda q, k: k <= q, attention_mask=torch.ones(1, 5))
+    mask = torch.ones(1, 5)
+    assert int(asked(lambda q, k: k <= q, attention_mask=mask)) == 0
+    mask[0, 3] = 0
+    with pytest.raises(NotImplementedError, match="made an attention mask with some"):
+        asked(lambda q, k: k <= q, attention_mask=mask)
 
 
 # ---- whole models
@@ -200,23 +210,126 @@ def test_logits_that_differ_from_the_model_s_own() -> None:
         Engine(model)
 
 
-@pytest.mark.parametrize(
-    ("calls", "reason"),
-    [(0, "layer 1 computes its own softmax or none"), (2, "layer 1 computes attention 2 times")],
-)
-def test_layers_with_none_or_two_attentions(calls: int, reason: str) -> None:
-    model = zoo.build("llama", dtype=torch.float32)
-    attention = model.model.layers[1].self_attn
+def with_attentions(model: PreTrainedModel, layer: int, calls: int) -> None:
+    """The layer computes its attention so many times; without it, it averages positions so far."""
+    attention = model.model.layers[layer].self_attn
     own = attention.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        out: Any = (0 * kwargs["hidden_states"], None)
+        x: Tensor = kwargs["hidden_states"]
+        steps = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        out: Any = (x.cumsum(1) / steps, None)
         for _ in range(calls):
             out = own(*args, **kwargs)
         return out
 
     attention.forward = forward
-    with pytest.raises(NotImplementedError, match=f"LlamaForCausalLM is not served: {reason}"):
+
+
+def test_a_layer_with_two_attentions() -> None:
+    model = zoo.build("llama", dtype=torch.float32)
+    with_attentions(model, 1, 2)
+    reason = "LlamaForCausalLM is not served: layer 1 computes attention 2 times"
+    with pytest.raises(NotImplementedError, match=reason):
+        Engine(model)
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_layer_without_attention(without: int) -> None:
+    """Autograd takes the cotangents through it; it has neurons and writes, and no queries, keys, values or outputs."""
+    model = zoo.build("llama", wide_norms=True)
+    with_attentions(model, without, 0)
+    engine = Engine(model, "reference")
+    assert not engine.plug.moves  # what it mixes may be a state
+    kinds = ["q", "k", "v", "z", "neuron", "resid_pre"]
+    pairs = zoo.random_pairs(model, 2, 7, shared_prefix=3)
+    found = engine.attribute(pairs, "nll", nodes=kinds, progress=False)
+    wanted = naive_attribution(model, pairs, resolve("nll", pairs), kinds)
+    for ours, right in zip((found.contribution, found.effect), wanted, strict=True):
+        for kind in kinds:
+            assert (ours[kind] - right[kind]).abs().max() <= 1e-9 * right[kind].abs().max()
+            assert bool(ours[kind][without].any()) == (kind in ("neuron", "resid_pre"))
+    nodes = [Node("neuron", without, 4, 3), Node("k", 1 if without == 2 else 2, 5, 1)]
+    effects = engine.patch(pairs, nodes, "nll", progress=False).effect
+    right, _ = naive_effects(model, pairs, [[node] for node in nodes], resolve("nll", pairs))
+    assert (effects - right).abs().max() <= 1e-9 * right.abs().max()
+    reason = f"layer {without} of LlamaForCausalLM has no attention, got Node"
+    with pytest.raises(ValueError, match=reason):
+        engine.patch(pairs, [Node("z", without, 4, 0)])
+
+
+def test_a_model_without_attention() -> None:
+    model = zoo.build("llama", dtype=torch.float32)
+    for layer in range(3):
+        with_attentions(model, layer, 0)
+    reason = "LlamaForCausalLM is not served: no layer computes attention through transformers'"
+    with pytest.raises(NotImplementedError, match=reason):
+        Engine(model)
+
+
+def test_positions_that_a_model_counts_otherwise() -> None:
+    """Its prefixes are not run alone: told to start at 3, this one starts at 3 + 2, as roberta does."""
+    model = zoo.build("llama", wide_norms=True)
+    pairs = zoo.random_pairs(model, 2, 7, shared_prefix=3)
+    wanted = Engine(model, "reference").attribute(pairs, nodes=["q"], progress=False).effect["q"]
+    own = model.model.forward
+
+    def forward(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if position_ids is not None:
+            position_ids = position_ids + 2
+        return own(*args, position_ids=position_ids, **kwargs)
+
+    model.model.forward = forward
+    engine = Engine(model, "reference")
+    assert not engine.plug.moves
+    found = engine.attribute(pairs, nodes=["q"], progress=False).effect["q"]
+    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+
+
+def test_a_layer_that_is_given_the_prompt() -> None:
+    """The clean run's arguments would be the corrupted run's too."""
+    model = zoo.build("llama", dtype=torch.float32)
+    base, own = model.model, model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"]
+        return own(*args, **kwargs, seen_before=base.embed_tokens(ids))
+
+    base.forward = forward
+    for layer in base.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {k: v for k, v in kwargs.items() if k != "seen_before"},
+            ),
+            with_kwargs=True,
+        )
+    with pytest.raises(
+        NotImplementedError, match="layer 0 is given more of the prompt than its hidden"
+    ):
+        Engine(model)
+
+
+def test_what_is_the_models_own_error_is_no_refusal_of_ours() -> None:
+    """Python's message is the cause, and no part of what we say."""
+    model = zoo.build("llama", dtype=torch.float32)
+    layer, own = model.model.layers[1], model.model.layers[1].forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        first, _second = x.chunk(1, 1) if x.requires_grad else (x, x)
+        return own(first, *args, **kwargs)
+
+    layer.forward = forward
+    reason = (
+        "^LlamaForCausalLM is not served: its layers do not run one after the other .*ValueError.$"
+    )
+    with pytest.raises(NotImplementedError, match=reason) as caught:
+        Engine(model)
+    assert "not enough values to unpack" in str(caught.value.__cause__)
+    model.forward = lambda **kwargs: int("no number")
+    with pytest.raises(
+        ValueError, match=r"^model must run on token ids alone, Llama.* raises ValueError on"
+    ):
         Engine(model)
 
 
@@ -277,7 +390,7 @@ def infinite_logits(model: PreTrainedModel) -> None:
 
 
 def second_list(model: PreTrainedModel) -> None:
-    model.others = nn.ModuleList([nn.Identity() for _ in range(3)]).eval()
+    model.model.others = nn.ModuleList([nn.Identity() for _ in range(3)]).eval()
 
 
 def skipped_layer(model: PreTrainedModel) -> None:
@@ -458,8 +571,6 @@ ROTATIONS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_prefixes_are_run_alone_only_where_rotations_do_not_depend_on_the_length(name: str) -> None:
     """With longrope a prompt of 12 tokens turns otherwise than its first 6 alone."""
-    from atp_fast.attribution.literal import literal_attribution
-
     parameters, moves = ROTATIONS[name]
     model = zoo.build("llama", wide_norms=True, rope_parameters=parameters)
     engine = Engine(model, "reference")
@@ -539,7 +650,7 @@ def test_a_write_with_something_added_has_no_graddrop() -> None:
     """A layer whose output is not its input and two writes: AtP is served, what needs the writes is refused."""
     model = zoo.build("llama", dtype=torch.float32)
     layer = model.model.layers[1]
-    layer.register_forward_hook(lambda module, args, out: out + 0.1 * args[0].detach() * 0 + 0.25)
+    layer.register_forward_hook(lambda module, args, out: out + 0.1 * args[0].detach() ** 2)
     engine, pairs = Engine(model), zoo.random_pairs(model, 2, 6)
     reason = "layer 1 does not add an attention write and an MLP write to its input"
     with pytest.raises(NotImplementedError, match=rf"'atp\*' is not served on Llama.*: {reason}"):
@@ -549,6 +660,20 @@ def test_a_write_with_something_added_has_no_graddrop() -> None:
     assert (
         float(engine.attribute(pairs, method="atp+qk", progress=False).effect["z"].abs().max()) > 0
     )
+
+
+def test_a_constant_added_to_the_writes_changes_nothing() -> None:
+    """As the biases that gpt_neox_japanese adds outside its projections."""
+    model = zoo.build("llama", wide_norms=True)
+    pairs = zoo.random_pairs(model, 2, 6)
+    constant = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model.model.layers[1].register_forward_hook(lambda module, args, out: out + constant)
+    kinds = ["z", "attn_out", "mlp_out"]
+    found = Engine(model).attribute(pairs, "nll", nodes=kinds, progress=False).contribution
+    wanted = naive_attribution(model, pairs, resolve("nll", pairs), kinds)[0]
+    for kind, right in wanted.items():
+        assert right.abs().max() > 0
+        assert (found[kind] - right).abs().max() <= 1e-9 * right.abs().max()
 
 
 def test_pairs_of_another_kind_are_named() -> None:

@@ -534,7 +534,7 @@ def test_files_that_are_no_result_get_one_error_with_their_path(tmp_path, how):
     damaged(path, how)
     with pytest.raises(ValueError, match=re.escape(str(path)) + " must ") as caught:
         Attribution.load(path)
-    assert "atp_fast.patch_effects/1" in str(caught.value) or how != "another result"
+    assert "atp_fast.patch_effects/2" in str(caught.value) or how != "another result"
 
 
 def test_an_absent_file_is_named(tmp_path):

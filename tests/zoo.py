@@ -83,9 +83,7 @@ FLOAT32_NORMS = (
 
 _REFUSED: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 REFUSED: dict[str, dict[str, Any]] = {
-    "bloom": {**_REFUSED, "num_attention_heads": 4},
-    "gpt_neo": {**_REFUSED, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "falcon": {**_REFUSED, "num_attention_heads": 4},
+    "xlm": {**_REFUSED, "num_attention_heads": 4},
     "mamba": {**_REFUSED, "state_size": 4},
     "t5": {**_REFUSED, "d_kv": 8, "d_ff": 40, "num_heads": 4, "decoder_start_token_id": 0},
     "bert": {**_REFUSED, "num_attention_heads": 4, "intermediate_size": 40},

@@ -223,7 +223,7 @@ def _attention(
     z = _tape.get().attention(
         module, query, key, value, attention_mask, scale, softcap, s_aux, sliding_window
     )
-    return z.transpose(1, 2), None
+    return z.transpose(1, 2).contiguous(), None
 
 
 def _experts(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -284,6 +284,8 @@ def _forward(
         for handle in handles:
             handle.remove()
     if index is not None:
+        if logits.shape[1] == ids.shape[1]:  # a model that does not know logits_to_keep
+            index = last
         logits = logits[torch.arange(len(ids), device=ids.device), index, None]
     return tape, logits
 

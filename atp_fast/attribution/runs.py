@@ -31,7 +31,8 @@ class PairRuns:
     source: the corrupted position, from `start` on, that stands for each clean one, -1 where none does, (pairs,
     positions), or None where each stands for itself; values: node values of the corrupted run, resid_pre included, moved
     to the positions they stand for, and keys_values: keys and values of the clean run at every position, prefix
-    included, both if they were asked for; tapes: what the sweep would run again, for layers that were asked for.
+    included (None of a layer without attention), both if they were asked for; tapes: what the sweep would run again, for
+    layers that were asked for.
     statistics: whether attention notes those of the key fix wherever z is compared, in the clean run and in the corrupted one:
     without them it is another kernel, of other rounding.
     given: the pairs in the user's layout; pairs: the same, right-padded and no wider than the longest, on the
@@ -48,7 +49,7 @@ class PairRuns:
     prefixes: list[Prefix | None] = field(default_factory=list)
     prefix_output: Tensor | None = None
     values: list[Values] = field(default_factory=list)
-    keys_values: list[Prefix] = field(default_factory=list)
+    keys_values: list[Prefix | None] = field(default_factory=list)
     tapes: dict[int, tuple[LayerTape, Values]] = field(default_factory=dict)
     statistics: bool = False
 
@@ -169,8 +170,12 @@ def run_pairs(
                 runs.values.append(
                     runs.aligned(plug, number, {**kept, "resid_pre": runs.corrupted[-1]})
                 )
-                k, v = values["k"][:batch], values["v"][:batch]
-                runs.keys_values.append(_joined(prefixes[number], k, v))
+                k, v = values.get("k"), values.get("v")
+                runs.keys_values.append(
+                    None
+                    if k is None or v is None
+                    else _joined(prefixes[number], k[:batch], v[:batch])
+                )
     runs.clean.append(both[:batch])
     runs.corrupted.append(both[batch:])
     _check_finite(runs)

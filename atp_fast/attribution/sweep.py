@@ -25,7 +25,7 @@ from atp_fast.attribution.runs import (
 )
 from atp_fast.attribution.scores import Place, Scores
 from atp_fast.hf import Plug
-from atp_fast.metrics import Metric
+from atp_fast.metrics import Metric, check_rows
 from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -92,6 +92,12 @@ def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, T
         clean, corrupted = both_logits(plug, runs, last, metric)
         source = corrupted if metric.needs_source_logits else None
         value = metric(clean, runs.given, source)
+        if not value.requires_grad:
+            raise ValueError(
+                f"metric {metric.name!r} must be differentiable in the logits, got values without a graph "
+                "(a detach, item, numpy, argmax or no_grad in it?)"
+            )
+        check_rows(metric, value, clean)
         gradient = torch.autograd.grad(value.sum(), last)[0]
     return value.detach(), metric(corrupted, runs.given, source), gradient
 
@@ -144,12 +150,19 @@ class _Layer:
     def _through(self, cotangents: Tensor, first: int, inputs: list[Tensor] | None) -> None:
         """A chunk of cotangents, the first of which is number `first`; those of the layer's input join `inputs`."""
         tape, run = self.tape, self.tape.run
-        assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
         inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
-        wanted = [run.z, *(tape.values[kind] for kind in inner)]
-        grads = tape.from_output(cotangents, wanted if inputs is None else [*wanted, tape.x])
-        grad_z = grads[0]
-        for kind, grad in zip(inner, grads[1:], strict=False):
+        ends = [] if inputs is None else [tape.x]
+        if run.q is None or run.z is None:  # a layer without attention
+            wanted = [*(tape.values[kind] for kind in inner), *ends]
+            grads = tape.from_output(cotangents, wanted) if wanted else []
+            for kind, grad in zip(inner, grads, strict=False):
+                self._first_order(kind, grad, first)
+            if inputs is not None:
+                inputs.append(grads[-1])
+            return
+        wanted = [run.z, *(tape.values[kind] for kind in inner), *ends]
+        grad_z, *grads = tape.from_output(cotangents, wanted)
+        for kind, grad in zip(inner, grads, strict=False):
             self._first_order(kind, grad, first)
         if "z" in self.kinds:
             self._first_order("z", grad_z, first)

@@ -7,6 +7,7 @@ from atp_fast.hf.attention import AttentionOptions, LayerRun, Prefix, Visit
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
 from atp_fast.hf.plug import Plug, inspect_model
+from atp_fast.hf.switching import recording
 
 __all__ = [
     "AttentionOptions",
@@ -19,4 +20,5 @@ __all__ = [
     "FiniteCheck",
     "check_finite",
     "inspect_model",
+    "recording",
 ]

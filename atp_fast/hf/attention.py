@@ -26,6 +26,14 @@ _HARMLESS = frozenset(
 )
 
 
+# What a mask is called that our attention does not compute.
+_NOT_CAUSAL, _OF_THE_INPUT = -1, -2
+_FOREIGN_MASKS = {
+    _NOT_CAUSAL: "is no causal mask or causal sliding window",
+    _OF_THE_INPUT: "depends on the model's input",
+}
+
+
 class AttentionOptions(NamedTuple):
     """The keyword arguments with which a layer's attention goes to `atp_fast.ops`."""
 
@@ -81,6 +89,7 @@ class LayerRun:
     calls: int = 0
     shape: tuple[int, int] = (0, 0)
     mixtures: list[Mixture] = field(default_factory=list)
+    biased: bool = False  # q and k have a last dimension more, which holds a bias per key
 
     def seen(self, kind: str, value: Tensor) -> Tensor:
         return value if self.visit is None else self.visit(kind, value)
@@ -137,11 +146,14 @@ def _attention(
         raise NotImplementedError(
             f"{where} does not use the mask that transformers' mask interface made for it"
         )
-    window = int(attention_mask.item()) or None
+    width = int(attention_mask.item())
+    if width in _FOREIGN_MASKS:
+        raise NotImplementedError(f"{where} has an attention mask that {_FOREIGN_MASKS[width]}")
+    window = width or None
     run.attention_module = module
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     z = run.attend(query, key, value, AttentionOptions(scale, window, softcap, s_aux))
-    return z.transpose(1, 2), None
+    return z.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
 def _mask(
@@ -152,15 +164,15 @@ def _mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' mask function: the window's width (0: plain causal) as a one-element tensor.
+    """transformers' mask function: the window's width (0: plain causal) as a one-element tensor, or a number of _FOREIGN_MASKS.
 
     No queries x keys mask is built. The model's own mask function is asked about pairs of positions around every
     place where a causal window could differ from it (the diagonal, the window's edge, multiples of the window, far
-    apart); a mask that is not a causal window raises.
+    apart); a mask that is not a causal window is refused when a layer attends by it.
     """
-    if attention_mask is not None:
+    if attention_mask is not None and not bool(attention_mask.all()):
         raise NotImplementedError(
-            "atp_fast runs prompts without an attention mask, the model made one"
+            "atp_fast runs prompts without padding, the model made an attention mask with some"
         )
     width = local_size or 0
     w = width or 32
@@ -176,14 +188,10 @@ def _mask(
     expected = (kv <= q) & (kv > q - width) if width else kv <= q
     try:
         allowed = mask_function(zero, zero, q, kv)
-    except (IndexError, RuntimeError) as error:
-        raise NotImplementedError(
-            f"the model's attention mask depends on its input ({error})"
-        ) from error
-    if not torch.equal(allowed.expand_as(expected), expected):
-        raise NotImplementedError(
-            "the model's attention mask is no causal mask or causal sliding window"
-        )
+        if not torch.equal(allowed.expand_as(expected), expected):
+            width = _NOT_CAUSAL
+    except (IndexError, RuntimeError):
+        width = _OF_THE_INPUT
     return torch.full((1, 1, 1, 1), width, dtype=torch.int64)
 
 

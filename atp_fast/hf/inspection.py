@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from atp_fast.hf.attention import LayerRun, Mixture, running
+from atp_fast.hf.attention import LayerRun, Mixture
 from atp_fast.hf.norms import FoundNorm
+from atp_fast.hf.scores import Scores
 
+_POSITIONS = (
+    "rotary"  # modules that give tables of positions, through which no gradient flows in any model
+)
 _MIXTURE_NAMES = ("expert", "moe", "router")
 
 
@@ -25,7 +29,8 @@ class Layer:
     """One decoder layer and the modules whose inputs or outputs are nodes."""
 
     module: nn.Module
-    as_tuple: bool = False
+    outputs: int = 0  # so many that it returns in a tuple; 0: hidden states alone
+    attention: nn.Module | None = None  # None: the layer mixes positions in another way
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
     mlp_write: nn.Module | None = None
@@ -63,8 +68,8 @@ class Call(NamedTuple):
 
 
 def first_tensor(out: Any) -> Tensor:
-    """The hidden states a layer returns, alone or first of a tuple."""
-    hidden = out[0] if isinstance(out, tuple) else out
+    """The hidden states a layer returns, alone or first of a tuple or list."""
+    hidden = out[0] if isinstance(out, (tuple, list)) else out
     assert isinstance(hidden, Tensor)
     return hidden
 
@@ -74,39 +79,56 @@ def trace(
 ) -> tuple[Tensor, list[Call]]:
     """Run a layer under autograd; its output, and its submodules' calls in the order they finish.
 
+    The module that computes attention is `run.attention_module`.
+
     Raises NotImplementedError naming the submodule through which no gradient flows (quantised weights, say).
     """
     names = {module: name for name, module in layer.module.named_modules()}
+    why = hooked(layer.module)
     calls: list[Call] = []
+    entered: list[nn.Module] = []
+
+    def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+        entered.append(module)
+
+    def attended(kind: str, value: Tensor) -> Tensor:
+        run.attention_module = run.attention_module or entered[-1]
+        return value
 
     def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        result = output[0] if isinstance(output, tuple) else output
-        if not isinstance(result, Tensor) or not result.is_floating_point():
+        entered.pop()
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(result, Tensor) or isinstance(result, Scores):
+            return
+        if not result.is_floating_point():
             return
         tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
-        if any(t.requires_grad for t in tensors) and not result.requires_grad:
+        cut = any(t.requires_grad for t in tensors) and not result.requires_grad
+        if cut and _POSITIONS not in type(module).__name__.lower():
             raise NotImplementedError(
-                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?)"
+                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?){why}"
             )
         if tensors:
-            calls.append(Call(module, tensors[0].detach(), result.detach()))
+            # a copy: some layers add to it in place
+            calls.append(Call(module, tensors[0].detach(), result.detach().clone()))
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for module in names:
             if module is not layer.module:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hook = module.register_forward_hook(note, with_kwargs=True)
                 hooks.callback(hook.remove)
-        token = running.set(run)
-        try:
-            out = layer.module(x, *args, **kwargs)
-        finally:
-            running.reset(token)
-    layer.as_tuple = isinstance(out, tuple)
+        run.visit = attended
+        out = layer.module(x, *args, **kwargs)
     return first_tensor(out), calls
 
 
 def find_down_projection(
-    layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, mixtures: Sequence[Mixture]
+    layer: Layer,
+    calls: list[Call],
+    attention: nn.Module | None,
+    x: Tensor,
+    mixtures: Sequence[Mixture],
 ) -> int:
     """Note the module whose input is the layer's neurons, and return how many there are.
 
@@ -120,44 +142,89 @@ def find_down_projection(
         return mixtures[0].neurons
     if mixture:
         raise NotImplementedError(f"is a mixture of experts ({type(mixture[0]).__name__})")
-    inside = set(attention.modules())
+    inside = set() if attention is None else set(attention.modules())
     linear = [
         call
         for call in calls
         if call.module not in inside and _is_linear(call.module) and call.output.shape[-1] == hidden
     ]
-    if not linear:
+    if not linear or not _by_position(layer.module, linear[-1].module, calls):
         raise NotImplementedError("has no down projection")
     layer.down = linear[-1].module
     return linear[-1].input.shape[-1]
 
 
-def find_writes(
-    layer: Layer, calls: list[Call], attention: nn.Module, x: Tensor, out: Tensor, scale: float
-) -> None:
-    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output.
+def _by_position(layer: nn.Module, down: nn.Module, calls: list[Call]) -> bool:
+    """Whether the part of a layer with its last linear map is an MLP: what goes in backwards comes out backwards.
 
-    Of all pairs of the layer's own parts the one that adds up best is taken; in order, so that a dropout after a
-    write, which changes nothing, is not taken for it. Raises NotImplementedError where none adds up to rounding.
+    The output projection of a state-space layer is no down projection.
     """
-    parts = set(layer.module.children()) | {attention}
-    writes = [
-        (call.module, scale * call.output.reshape(x.shape))
-        for call in calls
-        if call.module in parts and call.output.numel() == x.numel()
+    part = next(child for child in layer.children() if down in set(child.modules()))
+    call = next((call for call in calls if call.module is part), None)
+    if call is None:
+        return True
+    try:
+        with torch.no_grad():
+            backwards = first_tensor(part(call.input.flip(-2))).flip(-2)
+    except (
+        TypeError,
+        RuntimeError,
+    ):  # it wants more than hidden states, as no mixer of positions does
+        return True
+    return torch.allclose(
+        backwards, call.output, rtol=1e-2, atol=1e-2 * float(call.output.abs().max())
+    )
+
+
+def find_writes(
+    layer: Layer,
+    calls: list[Call],
+    attention: nn.Module | None,
+    x: Tensor,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output, but for a constant.
+
+    Of all pairs of the layer's own parts (of all its modules, where no pair of parts does) the one that adds up best is
+    taken; in order, so that a dropout after a write, which changes nothing, is not taken for it. Raises
+    NotImplementedError where none adds up to rounding.
+    """
+    added = out.double() - x.double()
+    own = {*layer.module.children(), attention}
+    for parts in (own, set(layer.module.modules())):
+        writes = [
+            (call.module, scale * call.output.double().reshape(x.shape))
+            for call in calls
+            if call.module in parts and call.output.numel() == x.numel()
+        ]
+        best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
+        for i, (first, a) in enumerate(writes):
+            for second, b in writes[i + 1 :]:
+                more = a + b - added
+                error = float((more - more[:, :1]).abs().max())
+                if error < best:
+                    best = error
+                    layer.attn_write, layer.mlp_write = first, second
+        if layer.attn_write is not None:
+            return
+    raise NotImplementedError(
+        f"does not add an attention write and an MLP write to its input{hooked(layer.module)}"
+    )
+
+
+def hooked(module: nn.Module) -> str:
+    """In brackets, which of its modules have forward hooks that may be why; nothing where none has."""
+    names = [
+        name or type(inner).__name__
+        for name, inner in module.named_modules()
+        if inner._forward_hooks or inner._forward_pre_hooks
     ]
-    best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
-    for i, (first, a) in enumerate(writes):
-        for second, b in writes[i + 1 :]:
-            error = float((x.double() + a.double() + b.double() - out.double()).abs().max())
-            if error < best:
-                best = error
-                layer.attn_write, layer.mlp_write = first, second
-    if layer.attn_write is None:
-        raise NotImplementedError("does not add an attention write and an MLP write to its input")
+    return f" (forward hooks on {', '.join(names[:3])}: do they change it?)" if names else ""
 
 
 def check_model(model: nn.Module) -> PreTrainedModel:
+    model = _unwrapped(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {name}")
@@ -170,16 +237,40 @@ def check_model(model: nn.Module) -> PreTrainedModel:
         raise NotImplementedError(
             f"{name} is not served: it is no causal language model (an encoder, or a model without its head)"
         )
-    if getattr(config, "num_attention_heads", None) is None and not hasattr(config, "text_config"):
+    if _no_heads(config):
         raise NotImplementedError(
             f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
         )
-    if not model._can_set_attn_implementation():
-        raise NotImplementedError(
-            f"{name} is not served: it computes its own softmax, not through transformers' attention interface"
+    parameters = list(model.parameters())
+    if all(p.is_meta for p in parameters):
+        raise ValueError(
+            f"model must hold its weights, those of this {name} are on the meta device"
         )
-    check_eval(model)
+    if any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "model must be made outside torch.inference_mode: no gradient can be taken through such weights"
+        )
     return model
+
+
+def _no_heads(config: Any) -> bool:
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except Exception:  # transformers' own: each layer has a number of its own
+        return False
+    return heads is None and not hasattr(config, "text_config")
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model that torch.compile or peft has wrapped; peft's adapters stay in it."""
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "get_base_model"):
+        return cast(nn.Module, model)
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise NotImplementedError(
+            f"{type(model).__name__} is not served: it puts learnt vectors, which are no tokens, ahead of the prompt"
+        )
+    return cast(nn.Module, model.get_base_model())
 
 
 def check_eval(model: nn.Module) -> None:

@@ -26,34 +26,58 @@ from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.hf.norms import find_norms, own_norms
 from atp_fast.hf.rotations import find_rotations, own_rotations
+from atp_fast.hf.scores import taken_over
+from atp_fast.hf.switching import alone_with
 
 
 class LayerArguments(NamedTuple):
-    """What the model hands one of its layers beside the hidden states."""
+    """What the model hands one of its layers beside the hidden states.
+
+    by_row: of each of its tensors, whether it has rows (or heads of rows) of the batch ahead; learnt by `Plug`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    by_row: tuple[bool, ...] = ()
 
     def rows(self, index: Tensor, batch: int) -> LayerArguments:
         """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
 
+        has_rows = iter(self.by_row)
+
         def pick(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1:
-                return value[index.to(value.device)]
+            if isinstance(value, Tensor) and next(has_rows) and len(value) > 1:
+                by_row = value.reshape(batch, -1, *value.shape[1:])
+                return by_row[index.to(value.device)].flatten(0, 1)
             if isinstance(value, tuple):
                 return tuple(pick(v) for v in value)
             return value
 
-        return LayerArguments(pick(self.args), {k: pick(v) for k, v in self.kwargs.items()})
+        kwargs = {key: pick(value) for key, value in self.kwargs.items()}
+        return LayerArguments(pick(self.args), kwargs, self.by_row)
+
+    def tensors(self) -> list[Tensor]:
+        """In the order in which `rows` meets them."""
+        found: list[Tensor] = []
+
+        def note(value: Any) -> None:
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, tuple):
+                for part in value:
+                    note(part)
+
+        note((*self.kwargs.values(), self.args))
+        return found
 
 
 class _Step(nn.Module):
-    """Stands in for a layer: keeps the arguments it is called with and returns `result` or its input."""
+    """Stands in for a layer: keeps the arguments it is called with and returns `result` or its input, and None for the rest."""
 
-    def __init__(self, layer: nn.Module, result: Tensor | None, as_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, result: Tensor | None, outputs: int) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # not a submodule: the layer stays where it is
-        self.result, self.as_tuple = result, as_tuple
+        self.result, self.outputs = result, outputs
         self.hidden: Tensor | None = None
         self.arguments: LayerArguments | None = None
 
@@ -62,10 +86,10 @@ class _Step(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.arguments = hidden_states, LayerArguments(args, kwargs)
         out = hidden_states if self.result is None else self.result
-        return (out,) if self.as_tuple else out
+        return (out, *[None] * (self.outputs - 1)) if self.outputs else out
 
 
 class LayeredModel:
@@ -74,7 +98,11 @@ class LayeredModel:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
+        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # of a model that also sees images or hears
+        self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model
+        self.own_softmax = not self.decoder._can_set_attn_implementation()
         self.list_parent, self.list_name, modules = self._find_layers()
+        self.by_row: dict[bool, list[tuple[bool, ...]]] = {}  # by whether positions are given
         self.layers = [
             Layer(
                 module,
@@ -86,18 +114,21 @@ class LayeredModel:
         ]
 
     def _find_layers(self) -> tuple[nn.Module, str, list[nn.Module]]:
-        count = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        found: list[tuple[str, nn.Module, str, list[nn.Module]]] = []
-        for path, parent in self.model.named_modules():
-            for name, child in parent.named_children():
-                inside = any(path == p or path.startswith(p + ".") for p, *_ in found)
-                if isinstance(child, nn.ModuleList) and len(child) == count and not inside:
-                    found.append((f"{path}.{name}" if path else name, parent, name, list(child)))
-        if len(found) != 1:
-            raise NotImplementedError(
-                f"{self.name} is not served: it has {len(found)} lists of {count} layers, not one"
-            )
-        return found[0][1:]
+        config = self.model.config.get_text_config(decoder=True)
+        count = getattr(config, "decoder_layers", config.num_hidden_layers)
+        for root in (self.model, self.decoder):
+            found: list[tuple[str, nn.Module, str, list[nn.Module]]] = []
+            for path, parent in root.named_modules():
+                for name, child in parent.named_children():
+                    inside = any(path == p or path.startswith(p + ".") for p, *_ in found)
+                    if isinstance(child, nn.ModuleList) and len(child) == count and not inside:
+                        place = f"{path}.{name}" if path else name
+                        found.append((place, parent, name, list(child)))
+            if len(found) == 1:
+                return found[0][1:]
+        raise NotImplementedError(
+            f"{self.name} is not served: it has {len(found)} lists of {count} layers, not one"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -147,19 +178,20 @@ class LayeredModel:
     def implementation(self, name: str) -> Iterator[None]:
         """Every config of the model says attention and experts `name`; the settings come back at the end."""
         wanted = {"_attn_implementation_internal": name, "_experts_implementation_internal": name}
-        before = [
-            (config, key, getattr(config, key))
-            for config in self._configs
-            for key in wanted
-            if hasattr(config, key)
-        ]
-        try:
-            for config, key, _ in before:
-                setattr(config, key, wanted[key])
-            yield
-        finally:
-            for config, key, old in before:
-                setattr(config, key, old)
+        with alone_with(self.model):
+            before = [
+                (config, key, getattr(config, key))
+                for config in self._configs
+                for key in wanted
+                if hasattr(config, key)
+            ]
+            try:
+                for config, key, _ in before:
+                    setattr(config, key, wanted[key])
+                yield
+            finally:
+                for config, key, old in before:
+                    setattr(config, key, old)
 
     @contextlib.contextmanager
     def plugged(self) -> Iterator[None]:
@@ -167,14 +199,14 @@ class LayeredModel:
 
         All is restored at the end.
         """
-        check_eval(self.model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        own = own_linears(self._linears, self.device, self.backend)
-        with self.implementation(NAME), own:
+        with self.implementation("eager" if self.own_softmax else NAME):
+            check_eval(self.model)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
             try:
                 for p in trained:
                     p.requires_grad_(False)
-                yield
+                with own_linears(self._linears, self.device, self.backend):
+                    yield
             finally:
                 for p in trained:
                     p.requires_grad_(True)
@@ -184,7 +216,7 @@ class LayeredModel:
         """The model's layers replaced by steps, the last of which returns `result` if there is one."""
         last = len(self.layers) - 1
         steps = [
-            _Step(layer.module, result if i == last else None, layer.as_tuple)
+            _Step(layer.module, result if i == last else None, layer.outputs)
             for i, layer in enumerate(self.layers)
         ]
         original = self.list_parent._modules[self.list_name]
@@ -197,7 +229,8 @@ class LayeredModel:
     @property
     def plain_token(self) -> int:
         """A token that is not padding, where the choice does not matter."""
-        return int(self.model.config.get_text_config(decoder=True).pad_token_id == 0)
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "pad_token_id", None) == 0)
 
     # ---- running
 
@@ -212,6 +245,8 @@ class LayeredModel:
         with self._stepped_over(None) as steps, torch.no_grad():
             self.model.base_model(input_ids=ids, use_cache=False, **where)
         arguments = [step.arguments for step in steps if step.arguments is not None]
+        if by_row := self.by_row.get(first_position > 0):
+            arguments = [a._replace(by_row=b) for a, b in zip(arguments, by_row, strict=True)]
         if len(arguments) != len(steps) or steps[0].hidden is None:
             raise NotImplementedError(
                 f"{self.name} is not served: it does not call its layers one after the other"
@@ -229,16 +264,23 @@ class LayeredModel:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
         run.shape = x.shape[0], x.shape[1]
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self.attending(run, len(x)))
+            hooks.enter_context(self.own_parts(layer))
+            for kind, module in self._watched(layer, run.kinds):
+                hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
+            out = layer.module(x, *arguments.args, **arguments.kwargs)
+        return first_tensor(out)
+
+    @contextlib.contextmanager
+    def attending(self, run: LayerRun, rows: int) -> Iterator[None]:
+        """Inside, attention goes to `run`, by transformers' interface or, where the model has none, from its own scores."""
         token = running.set(run)
         try:
-            with contextlib.ExitStack() as hooks:
-                hooks.enter_context(self.own_parts(layer))
-                for kind, module in self._watched(layer, run.kinds):
-                    hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
-                out = layer.module(x, *arguments.args, **arguments.kwargs)
+            with taken_over(run, rows) if self.own_softmax else contextlib.nullcontext():
+                yield
         finally:
             running.reset(token)
-        return first_tensor(out)
 
     def keys_values(
         self,
@@ -284,7 +326,9 @@ def _watch(module: nn.Module, kind: str, run: LayerRun, shape: torch.Size) -> An
         return (seen(args[0]), *args[1:])
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        return (seen(output[0]), *output[1:]) if isinstance(output, tuple) else seen(output)
+        if isinstance(output, (tuple, list)):
+            return type(output)((seen(output[0]), *output[1:]))
+        return seen(output)
 
     if kind == "neuron":
         return module.register_forward_pre_hook(before)

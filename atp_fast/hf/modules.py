@@ -49,25 +49,34 @@ def node_places(plug: Plug) -> dict[tuple[str, int], Place]:
                 for module in layer.module.modules():
                     hooks.callback(module.register_forward_hook(_note(seen)).remove)
                 x = plug.run_layer(number, x, arguments[number], run)
-            attention = run.attention_module
-            assert attention is not None and run.q is not None and run.k is not None
-            assert run.v is not None and run.z is not None
-            inner = {id(module) for module in attention.modules()}
-            inside = [s for s in seen if id(s.module) in inner and s.module is not attention]
+            attention = layer.attention
             found: dict[str, tuple[nn.Module, str] | None] = {
-                "q": _by_heads(inside, run.q),
-                "k": _by_heads(inside, run.k),
-                "v": _by_heads(inside, run.v),
-                "z": _by_input(inside, run.z),
                 "neuron": None if layer.down is None else (layer.down, "input"),
                 "attn_out": None if layer.attn_write is None else (layer.attn_write, "output"),
                 "mlp_out": None if layer.mlp_write is None else (layer.mlp_write, "output"),
                 "resid_pre": (layer.module, "input"),
             }
+            if attention is not None:
+                found |= _in_attention(attention, run, seen)
             for kind in kinds:
-                if (place := found[kind]) is not None:
+                if (place := found.get(kind)) is not None:
                     places[kind, number] = Place(names[id(place[0])], place[1])
     return places
+
+
+def _in_attention(
+    attention: nn.Module, run: LayerRun, seen: list[_Seen]
+) -> dict[str, tuple[nn.Module, str] | None]:
+    assert run.q is not None and run.k is not None and run.v is not None and run.z is not None
+    dim = run.q.shape[-1] - run.biased
+    inner = {id(module) for module in attention.modules()}
+    inside = [s for s in seen if id(s.module) in inner and s.module is not attention]
+    return {
+        "q": _by_heads(inside, run.q[..., :dim]),
+        "k": _by_heads(inside, run.k[..., :dim]),
+        "v": _by_heads(inside, run.v),
+        "z": _by_input(inside, run.z),
+    }
 
 
 def _has(plug: Plug, kind: str) -> bool:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atp_fast.hf.attention import LayerRun
+from atp_fast.hf.attention import LayerRun, Prefix
 from atp_fast.hf.inspection import (
     Call,
     Inspection,
+    Layer,
+    check_eval,
     check_finite,
     check_model,
     find_down_projection,
     find_writes,
     first_tensor,
+    hooked,
     trace,
 )
-from atp_fast.hf.layers import LayeredModel
-from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
+from atp_fast.hf.layers import LayerArguments, LayeredModel
+from atp_fast.hf.switching import alone_with
+from atp_fast.nodes import ATTENTION_KINDS, COARSE_KINDS, KINDS, Node, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -43,16 +48,50 @@ class Plug(LayeredModel):
     """
 
     def __init__(self, model: nn.Module, backend: str = "auto") -> None:
-        super().__init__(check_model(model), backend)
+        served = check_model(model)
+        with alone_with(served):
+            check_eval(served)
+            super().__init__(served, backend)
+            with self._refusing():
+                self._open()
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Errors of ours name the model; the model's own become a refusal."""
+        refused = f"{self.name} is not served: "
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except NotImplementedError as error:
+            if str(error).startswith(refused):
+                raise
+            raise NotImplementedError(refused + str(error)) from error
+        except ValueError as error:
+            if str(error).startswith(("model ", "backend ")):
+                raise
+            raise NotImplementedError(refused + self._failed(error)) from error
+        except Exception as error:
+            raise NotImplementedError(refused + self._failed(error)) from error
+
+    @staticmethod
+    def _failed(error: Exception) -> str:
+        return f"its layers do not run one after the other on hidden states alone ({type(error).__name__})"
+
+    def _open(self) -> None:
         self.inspection = Inspection(True, None, self.name, len(self.layers))
         config = self.model.config.get_text_config(decoder=True)
         self.inspection.context = getattr(config, "max_position_embeddings", None)
         parameters = inspect.signature(self.model.forward).parameters
         self.moves = (
-            "position_ids" in parameters and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
+            "position_ids" in parameters
+            and not self.own_softmax  # its masks start at the first position that is run
+            and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
         )
+        ids = self._short_prompt(config)
+        own = self._own_logits(ids)
         with self.plugged():
-            self._learn(config)
+            self._learn(ids, own)
         self._check_gradients()
 
     @staticmethod
@@ -61,13 +100,43 @@ class Plug(LayeredModel):
         nested = [rope, *(v for v in rope.values() if isinstance(v, dict))]
         return {str(r.get("rope_type", "default")) for r in nested}
 
-    def _learn(self, config: Any) -> None:
-        """Run a short prompt, find out what each layer is made of, and compare with the model's own eager run."""
+    def _short_prompt(self, config: Any) -> Tensor:
         length = min(8, self.inspection.context or 8)
         ids = (torch.arange(length, device=self.device)[None] * 7 + 3) % self.vocabulary
-        if config.pad_token_id is not None:
-            ids = ids.where(ids != config.pad_token_id, self.plain_token)
+        padding = getattr(config, "pad_token_id", None)
+        return ids if padding is None else ids.where(ids != padding, self.plain_token)
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """The model's own eager logits; notes on the way how many outputs its layers have."""
+
+        def note(layer: Layer) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                layer.outputs = len(output) if isinstance(output, (tuple, list)) else 0
+
+            return hook
+
+        with contextlib.ExitStack() as hooks, self.implementation("eager"), torch.no_grad():
+            for layer in self.layers:
+                hooks.callback(layer.module.register_forward_hook(note(layer)).remove)
+            try:
+                own: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"model must run on token ids alone, {self.name} raises {type(error).__name__} on {ids[0].tolist()}"
+                ) from error
+        return own
+
+    def _learn(self, ids: Tensor, own: Tensor) -> None:
+        """Run a short prompt, find out what each layer is made of, and compare with the model's own eager logits."""
         x, arguments = self.enter(ids)
+        self._learn_rows(ids, 0, arguments)
+        half = ids.shape[1] // 2
+        if self.moves:  # roberta counts its positions from another number than 0
+            start, moved = self.enter(ids[:, half:], half)
+            self.moves = self._error(start, x[:, half:]) <= self._tolerance(x)
+            self._learn_rows(ids[:, half:], half, moved)
         shapes: set[tuple[int, ...]] = set()
         windows, streams = [], []
         for number, layer in enumerate(self.layers):
@@ -75,21 +144,38 @@ class Plug(LayeredModel):
             x = x.detach().requires_grad_()
             streams.append(x.detach())
             try:
-                with self.own_parts(layer):
-                    out, calls = trace(layer, x, *arguments[number], run)
+                with self.attending(run, len(x)), self.own_parts(layer):
+                    given = arguments[number]
+                    out, calls = trace(layer, x, given.args, given.kwargs, run)
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"{self.name} is not served: layer {number}: {error}"
                 ) from error
-            if run.calls != 1:
-                raise NotImplementedError(self._not_called(number, run.calls))
+            if run.calls > 1:
+                raise NotImplementedError(
+                    f"{self.name} is not served: layer {number} computes attention {run.calls} times"
+                )
             check_finite(out, f"layer {number}")
-            assert run.q is not None and run.k is not None and run.v is not None
-            assert run.options is not None and run.attention_module is not None
-            shapes.add((run.q.shape[1], run.k.shape[1], run.q.shape[3], run.v.shape[3]))
-            windows.append(run.options.window)
+            windows.append(None if run.options is None else run.options.window)
+            if run.q is None or run.k is None or run.v is None:
+                self.moves = False  # a layer without attention may carry a state
+            else:
+                dim = run.q.shape[3] - run.biased
+                shapes.add((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
+            layer.attention = run.attention_module
             self._name_parts(number, calls, run, x.detach(), out.detach())
+            if self.moves and run.k is not None and run.v is not None:
+                prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())
+                with torch.no_grad():
+                    alone = LayerRun(self.backend, prefix=prefix)
+                    rest = self.run_layer(number, x[:, half:], moved[number], alone)
+                self.moves = self._error(rest, out[:, half:].detach()) <= self._tolerance(out)
             x = out.detach()
+        if not shapes:
+            raise NotImplementedError(
+                f"{self.name} is not served: no layer computes attention through transformers' attention interface or in its "
+                "own scores"
+            )
         if len(shapes) != 1:
             raise NotImplementedError(
                 f"{self.name} is not served: its layers have heads of different shapes"
@@ -97,14 +183,33 @@ class Plug(LayeredModel):
         found = self.inspection
         found.heads, found.kv_heads, found.head_dim, found.v_dim = shapes.pop()
         found.hidden, found.windows = x.shape[-1], tuple(windows)
-        self._compare_with_eager(ids, [*streams, x])
+        self._compare_with_eager(ids, [*streams, x], own)
+
+    def _learn_rows(self, ids: Tensor, first: int, one: Sequence[LayerArguments]) -> None:
+        """Which of the layers' arguments have rows of the batch: those that have twice as many for two prompts.
+
+        Such rows must be the same for all prompts: the clean run's arguments are the corrupted run's too.
+        """
+        two = self.enter(torch.cat([ids, ids.flip(1)]), first)[1]
+        self.by_row[first > 0] = [
+            tuple(
+                x.ndim > 0 and y.shape[0] == 2 * x.shape[0]
+                for x, y in zip(a.tensors(), b.tensors(), strict=True)
+            )
+            for a, b in zip(one, two, strict=True)
+        ]
+        for number, (given, by_row) in enumerate(zip(two, self.by_row[first > 0], strict=True)):
+            for x, rows in zip(given.tensors(), by_row, strict=True):
+                if rows and not torch.equal(*x.chunk(2)):
+                    raise NotImplementedError(
+                        f"layer {number} is given more of the prompt than its hidden states"
+                    )
 
     def _name_parts(
         self, number: int, calls: list[Call], run: LayerRun, x: Tensor, out: Tensor
     ) -> None:
         """Find the modules of a layer that are nodes; what it lacks is noted as refused, by node kind."""
         layer, found, attention = self.layers[number], self.inspection, run.attention_module
-        assert attention is not None
         try:
             neurons = find_down_projection(layer, calls, attention, x, run.mixtures)
             if found.neurons not in (0, neurons):
@@ -119,16 +224,7 @@ class Plug(LayeredModel):
             why = f"layer {number} {error}"
             found.refused.update(attn_out=why, mlp_out=why, graddrop=why)
 
-    def _not_called(self, layer: int, calls: int) -> str:
-        if calls > 1:
-            why = f"layer {layer} computes attention {calls} times"
-        elif getattr(self.model.config, "num_attention_heads", None) is None:
-            why = f"layer {layer} has no attention (a state-space or recurrent layer)"
-        else:
-            why = f"layer {layer} computes its own softmax or none, not through transformers' attention interface"
-        return f"{self.name} is not served: {why}"
-
-    def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor]) -> None:
+    def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor], own: Tensor) -> None:
         """Refuse a model that, taken apart, is not what its own eager code computes.
 
         streams: every layer's input and the last one's output, (1, positions, hidden). Layer by layer, the eager layer
@@ -136,25 +232,34 @@ class Plug(LayeredModel):
         one after the other must give the model's own logits.
         """
         with self.implementation("eager"), torch.no_grad():
-            own: Tensor = self.model(input_ids=ids, use_cache=False).logits
             if not bool(torch.isfinite(own).all()):
                 raise ValueError(
                     f"model gives logits that are not finite on the tokens {ids[0].tolist()}"
                 )
             x, arguments = self.enter(ids)
             for number, layer in enumerate(self.layers):
-                args, kwargs = arguments[number]
+                args, kwargs, _ = arguments[number]
                 eager = first_tensor(layer.module(streams[number], *args, **kwargs))
                 self._check_close(f"layer {number}'s output", streams[number + 1], eager)
                 x = first_tensor(layer.module(x, *args, **kwargs))
             self._check_close("logits", self.logits(x), own)
 
+    @staticmethod
+    def _tolerance(own: Tensor) -> float:
+        rounding = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
+        return rounding.get(own.dtype, 5e-2)
+
+    @staticmethod
+    def _error(ours: Tensor, own: Tensor) -> float:
+        """The largest difference, as a share of the largest value."""
+        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
+
     def _check_close(self, what: str, ours: Tensor, own: Tensor) -> None:
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
-        error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
-        if not error <= tolerance.get(own.dtype, 5e-2):
+        error = self._error(ours, own)
+        if not error <= self._tolerance(own):
             raise NotImplementedError(
                 f"{self.name} is not served: taken apart, its {what} differ from its own by {error:.1e} of the largest"
+                f"{hooked(self.model)}"
             )
 
     def _check_gradients(self) -> None:
@@ -205,3 +310,8 @@ class Plug(LayeredModel):
         return NodeSpace(
             found.layers, positions, {kind: widths[kind] for kind in KINDS if kind in kinds}
         )
+
+    def check_node(self, node: Node) -> None:
+        """Raises ValueError for a query, key, value or output in a layer without attention."""
+        if node.kind in ATTENTION_KINDS and self.layers[node.layer].attention is None:
+            raise ValueError(f"layer {node.layer} of {self.name} has no attention, got {node}")

@@ -1,19 +1,62 @@
-"""Functions of single modules exchanged for a while."""
+"""What holds for a while: functions of single modules exchanged, one thread on a model, torch's modes as we need them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_WRITTEN = "_torchdynamo_orig_callable"  # of a compiled function: the one that was written
+_making_a_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """Inside, no other thread is inside with the same model: it waits. What torch compiled of it runs as it was written."""
+    with _making_a_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        own = {module: vars(module) for module in model.modules()}
+        calls = [
+            (m, "_compiled_call_impl") for m, has in own.items() if has.get("_compiled_call_impl")
+        ]
+        forwards = [
+            (m, "forward") for m, has in own.items() if hasattr(has.get("forward"), _WRITTEN)
+        ]
+        with (
+            switched(calls, lambda module, compiled: None),
+            switched(forwards, lambda module, compiled: getattr(compiled, _WRITTEN)),
+        ):
+            yield
+
+
+def recording(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run outside torch.inference_mode, under which no graph can be recorded."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
 def switched(
-    functions: Sequence[tuple[nn.Module, str]], replace: Callable[[Any, Function], Function]
+    functions: Sequence[tuple[nn.Module, str]], replace: Callable[[Any, Any], Function | None]
 ) -> Iterator[None]:
     """Inside, module.name is replace(module, module.name) for each of these (module, name); all is restored at the end."""
     before = [(module, name, vars(module).get(name)) for module, name in functions]

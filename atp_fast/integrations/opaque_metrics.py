@@ -65,7 +65,13 @@ def of_batch(metric: LogitsMetric, batch: int, positions: int, vocab: int, per_r
         return value
 
     last = reads_last_only(metric, batch, positions, vocab)
-    return Metric(_name(metric), fn, "last" if last else "all", all_pairs_at_once=True)
+    return Metric(
+        _name(metric),
+        fn,
+        "last" if last else "all",
+        all_pairs_at_once=True,
+        mixes_pairs=not per_row,
+    )
 
 
 def _number(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from atp_fast.attribution.memory import Budget, patched_rows, stored_pairs
 from atp_fast.attribution.runs import PairRuns, both_logits, filled, metric_logits, run_pairs
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
-from atp_fast.metrics import Metric
+from atp_fast.metrics import METRICS_BY_NAME, Metric, check_rows
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -206,17 +206,28 @@ class PatchSession:
             else:
                 logits = metric_logits(plug, self.runs, last, metric)
             self.clean_value = metric(logits, self.runs.given, self.source_logits)
+            self._check_rows(logits)
             whole = metric.positions == "all" or metric.all_pairs_at_once
             self.clean_logits = logits if whole else None
         lengths = set(self.runs.pairs.lengths.tolist())
         # the one position that the last layer's output is needed at
         self.end = lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
 
+    def _check_rows(self, logits: Tensor) -> None:
+        """A metric that is called with parts of the pairs must not mix them; one that sees all at once may."""
+        if self.metric.all_pairs_at_once or self.metric in METRICS_BY_NAME.values():
+            return
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            value = self.metric(leaf, self.runs.given, self.source_logits)
+            if value.requires_grad:  # else nothing can be asked
+                check_rows(self.metric, value, leaf)
+
     def stored_bytes(self) -> int:
         """Bytes of both runs and of their node values."""
         kept = [*self.runs.clean, *self.runs.corrupted]
         for values, keys_values in zip(self.runs.values, self.runs.keys_values, strict=True):
-            kept += [*values.values(), *keys_values]
+            kept += [*values.values(), *(keys_values or ())]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(sizes.values())
 
@@ -390,7 +401,9 @@ class PatchSession:
         """The clean keys and values of the positions before `begin`, a row for each of `pair`."""
         if not begin:
             return None
-        return Prefix(*(t[:, :, :begin][pair] for t in self.runs.keys_values[layer]))
+        kept = self.runs.keys_values[layer]
+        assert kept is not None  # prefixes are run alone only where every layer has attention
+        return Prefix(*(t[:, :, :begin][pair] for t in kept))
 
     def _patch(
         self, layer: int, patches: Patches, pair: Tensor, begin: int

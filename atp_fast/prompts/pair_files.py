@@ -19,7 +19,7 @@ from atp_fast.prompts.spans import Named, Range, found_spans
 def read_jsonl(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPair]:
     """The pairs of a JSON lines file; see PromptPairs.from_jsonl for its fields and errors."""
     records: list[tuple[str, dict[str, Any]]] = []
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8-sig") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 where = f"{path} line {number}"
@@ -76,7 +76,7 @@ def read_csv(path: str | os.PathLike[str], encoder: Encoder) -> list[EncodedPair
     clean, corrupted, places = [], [], []
     answers: list[str | int] = []
     wrongs: list[str | int] = []
-    with Path(path).open(encoding="utf-8", newline="") as file:
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(_lines(file, path))
         fields = set(reader.fieldnames or ())
         by_ids = {"correct_idx", "incorrect_idx"} <= fields
