@@ -153,8 +153,10 @@ def run_pairs(
         runs.clean.append(both[:batch])
         runs.corrupted.append(both[batch:])
         if plan is not None and number >= plan.taped_from:
-            dense = plug.layers[number].down is not None  # no experts, to whom others' tokens go
-            tape = _tape_together if plan.together and dense else _tape_apart
+            layer = plug.layers[number]
+            # not experts, to whom others' tokens go, and not layers of another kind than attention
+            plain = layer.down is not None and layer.attention is not None
+            tape = _tape_together if plan.together and plain else _tape_apart
             both = tape(plug, runs, number, kinds, plan, both, doubled[number])
         else:
             values: Values = {}
