@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist w
 
 .PHONY: docs test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
-	bench-launches \
+	bench-launches gpu \
 	mutants study study-quick clean
 
 demo: build model
@@ -94,6 +94,10 @@ bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patchi
 
 bench-roofline: build
 	$(BIN)/python bench/roofline.py
+
+# Eight minutes from here, the installation included; what it ran and how that ended is in runs/gpu.
+gpu:
+	@began=$$(date +%s); $(MAKE) build && $(BIN)/python bench/gpu.py --began $$began
 
 study: build model
 	$(BIN)/python bench/study.py
