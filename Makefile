@@ -105,7 +105,8 @@ bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patchi
 bench-roofline: build
 	$(BIN)/python bench/roofline.py
 
-# Everything that needs a GPU, in eight minutes, this set-up included. GPU_PYTHON: one that has torch, in place of .venv.
+# Eight minutes from here, the installation included; what it ran and how that ended is in runs/gpu. GPU_PYTHON: a Python that
+# has torch, in place of .venv.
 GPU_PYTHON ?=
 gpu:
 	began=$$(date +%s); if [ -z "$(GPU_PYTHON)" ]; then $(MAKE) build; fi; \

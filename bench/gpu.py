@@ -1,116 +1,111 @@
-"""Everything that needs a GPU, in one command of eight minutes at most (make gpu): what matters most comes first.
+"""Everything that needs a GPU, in eight minutes, the most important first (make gpu).
 
-    python bench/gpu.py [--limit 480] [--began UNIX_SECONDS]
-
-Needs torch, triton and transformers; installs atp_fast from these sources where it cannot be imported. The CUDA tests' count goes
-to bench/results/gpu.csv, the engine's and the kernels' rows to their own files, each as soon as it is measured: a run that is cut
-short keeps what it has. Exit code 1 where a test failed or a step did not finish.
+The engine's and the kernels' tests, then the engine's and the kernels' rows. Each step's output goes to runs/gpu/STEP.log, what
+became of it to runs/gpu/summary.json, with device, date and commit; rows go where the benchmarks put them. A step that takes
+longer than its share is cut, so that one that hangs does not cost the others. Exit code 1 where a step failed or was cut.
+Needs torch, triton, transformers and pytest-xdist; atp_fast is installed from these sources where it is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-LIMIT = 480
+SECONDS = 480
 
 
 class Step(NamedTuple):
-    """A command, and what is done when it has ended."""
+    """A command, and the seconds it may take."""
 
     name: str
     command: Sequence[str]
-    then: Callable[[], None] = lambda: None
+    limit: float
 
 
-def steps(folder: Path) -> list[Step]:
-    """folder: for what one step leaves to be read."""
-    python, workers = sys.executable, str(min(12, os.cpu_count() or 1))
-    tests = ["tests/test_cuda.py", "tests/test_ops_triton.py", f"--junitxml={folder / 'tests.xml'}"]
-    engine = [python, "bench/bench_engine.py", "--rounds", "3", "--model", "llama-1.2b", "--T", "512"]  # fmt: skip
-    kernels = [python, "bench/bench_kernels.py", "--no-gate", "--no-compile", "--rounds", "3"]
+def steps() -> list[Step]:
+    """In the order of what a cut would lose."""
+    workers = str(min(12, os.cpu_count() or 1))
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers]
+    bench = [sys.executable, "bench/bench_engine.py", "--no-memory", "--rounds", "3"]
+    kernels = [sys.executable, "bench/bench_kernels.py", "--no-gate", "--no-compile"]
     return [
-        Step(
-            "tests",
-            [python, "-m", "pytest", "-q", "-n", workers, *tests],
-            lambda: note_tests(folder / "tests.xml"),
-        ),
-        Step("engine", engine),
-        Step("kernels", [*kernels, "--quick", "--dtype", "bfloat16"]),
-        Step("all lengths", [*kernels, "--dtype", "bfloat16"]),
+        Step("engine-tests", [*test, "tests/test_cuda.py"], 120),
+        Step("new-op-tests", [*test, "tests/test_add_effects.py", "tests/test_norm.py"], 60),
+        Step("op-tests-bf16", [*test, "tests/test_ops_triton.py", "-k", "bf16"], 90),
+        Step("engine-rows", [*bench, "--T", "512", "--methods", "atp", "atp*"], 120),
+        Step("kernel-rows", [*kernels, "--dtype", "bfloat16", "--quick"], 120),
+        Step("op-tests", [*test, "tests/test_ops_triton.py", "-k", "not bf16"], 120),
+        Step("all-kernel-rows", [*kernels, "--dtype", "bfloat16"], 240),
     ]
 
 
-def installed() -> bool:
-    return importlib.util.find_spec("atp_fast") is not None and (
-        importlib.util.find_spec("atp_fast._C") is not None
-    )
-
-
-def run(step: Step, seconds: float) -> bool:
-    """Run a step; whether it ended well within so many seconds."""
-    print(f"== {step.name}: {seconds:.0f} s are left", flush=True)
-    try:
-        done = subprocess.run(
-            step.command, cwd=ROOT, env={**os.environ, **QUIET}, timeout=seconds, check=False
+def run(step: Step, log: Path, left: float) -> dict[str, object]:
+    """What became of a step: "passed", "failed", "cut" or "not begun", and its seconds."""
+    if left < 5:
+        return {"step": step.name, "result": "not begun", "seconds": 0.0}
+    began = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        print(f"== {step.name}: cut", flush=True)
-        return False
-    step.then()
-    return done.returncode == 0
+        try:
+            result = "failed" if process.wait(min(step.limit, left)) else "passed"
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            result = "cut"
+    return {
+        "step": step.name,
+        "result": result,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
-def note_tests(path: Path) -> None:
-    """A row per outcome that pytest has counted."""
-    from rows import RESULTS, RowFile
+def run_all(chosen: Sequence[Step], folder: Path, end: float) -> list[dict[str, object]]:
+    """All steps one after the other until time.time() is `end`; the summary is written after each."""
+    from rows import provenance  # imports atp_fast
 
-    (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
-    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
-    count["passed"] = count.pop("tests") - sum(count.values())
-    for what, number in count.items():
-        RowFile(RESULTS / "gpu.csv").add(
-            [float(number)],
-            op="tests",
-            provider="pytest",
-            mode="cuda",
-            shape={},
-            dtype="all",
-            metric=what,
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, object]] = []
+    for step in chosen:
+        found.append(run(step, folder / f"{step.name}.log", end - time.time()))
+        print(*found[-1].values(), flush=True)
+        summary = {**provenance(), "steps": found}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return found
+
+
+def install() -> None:
+    """From these sources, with what is there."""
+    if any(importlib.util.find_spec(name) is None for name in ("atp_fast", "atp_fast._C")):
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*pip, "-e", "."], cwd=ROOT, check=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds, installation included")
-    parser.add_argument("--began", type=float, default=time.time(), help="when they began to count")
-    given = parser.parse_args()
-    ends = given.began + given.limit
-    if not installed():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*pip, "-e", "."], cwd=ROOT, check=True)
+    install()
     import torch
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--began", type=float, default=time.time(), help="when the time began")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("make gpu needs a CUDA device, torch sees none")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        planned = steps(Path(folder))
-        ended = [run(step, ends - time.time()) for step in planned if ends > time.time()]
-    sys.exit(0 if len(ended) == len(planned) and all(ended) else 1)
+    found = run_all(steps(), ROOT / "runs" / "gpu", given.began + given.seconds)
+    sys.exit(any(step["result"] != "passed" for step in found))
 
 
 if __name__ == "__main__":

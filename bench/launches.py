@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from atp_fast import Engine, PromptPairs
+from atp_fast.attribution import memory
 from atp_fast.attribution import sweep as sweeps
 from atp_fast.kernels import launch
 from atp_fast.ops import triton
@@ -99,6 +100,7 @@ class Launches(TorchDispatchMode):
             for patch in (
                 mock.patch.object(triton, "INTERPRETED", True),
                 mock.patch.object(launch, "_start", self.started),
+                mock.patch.object(memory, "saves_starts", lambda device: True),
                 mock.patch.object(torch, "empty", zeroed(torch.empty)),
                 mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
                 mock.patch.object(sweeps, "run_pairs", self.during("forwards", sweeps.run_pairs)),

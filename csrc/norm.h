@@ -14,10 +14,12 @@ inline Index row_offset(const View& x, const Index* sizes, Index number) {
 // sum over i of f(i) for whole vectors, then one by one
 template <typename R, typename Whole, typename One>
 ATP_FAST_INLINE R row_sum(Index count, const Whole& whole, const One& one) {
-    Vec<R> sums{};
+    Vec<R> sums[4]{};  // side by side: an addition takes longer than it takes to begin one
     Index i = 0;
-    for (; i + lanes<R> <= count; i += lanes<R>) sums += whole(i);
-    R sum = horizontal_sum<R>(sums);
+    for (; i + 4 * lanes<R> <= count; i += 4 * lanes<R>)
+        for (int n = 0; n < 4; ++n) sums[n] += whole(i + n * lanes<R>);
+    for (; i + lanes<R> <= count; i += lanes<R>) sums[0] += whole(i);
+    R sum = horizontal_sum<R>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < count; ++i) sum += one(i);
     return sum;
 }

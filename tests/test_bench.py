@@ -11,7 +11,6 @@ import pytest
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-import gpu  # noqa: E402
 from cases import layer_operations, operations, random_pairs  # noqa: E402
 from measure import Timing, interleaved, product_paths, write_ratios  # noqa: E402
 from random_models import NEOX_TINY, build_random, random_prompts  # noqa: E402
@@ -118,35 +117,3 @@ def test_the_roofline_counts_the_tiles_of_a_causal_square(keys, queries_at_once,
     }
     assert tile_pairs(keys, queries_at_once, keys_at_once, "query") == len(tiles)
     assert tile_pairs(keys, keys_at_once, queries_at_once, "key") == len(tiles)
-
-
-def test_a_gpu_run_keeps_to_its_time(capfd, tmp_path):
-    seen = []
-    code = {"slow": "import time; time.sleep(60)", "failing": "raise SystemExit(3)", "quick": ""}
-    steps = {
-        name: gpu.Step(name, [sys.executable, "-c", text], lambda name=name: seen.append(name))
-        for name, text in code.items()
-    }
-    assert not gpu.run(steps["slow"], 1)
-    assert "== slow: cut" in capfd.readouterr().out
-    assert not gpu.run(steps["failing"], 30)
-    assert gpu.run(steps["quick"], 30)
-    assert seen == ["failing", "quick"]
-    assert gpu.steps(tmp_path)[0].name == "tests"
-
-
-def test_a_gpu_run_s_tests_become_rows(tmp_path, monkeypatch):
-    (tmp_path / "test_three.py").write_text(
-        "import pytest\n"
-        "def test_a(): pass\n"
-        "def test_b(): assert False\n"
-        "def test_c(): pytest.skip('no')\n"
-        "def test_d(): pass\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "--junitxml=out.xml", "test_three.py"]
-    assert subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE).returncode == 1
-    monkeypatch.setattr("rows.RESULTS", tmp_path)
-    gpu.note_tests(tmp_path / "out.xml")
-    rows = RowFile(tmp_path / "gpu.csv").read()
-    found = {row["metric"]: row["median"] for row in rows}
-    assert found == {"passed": "2", "failures": "1", "errors": "0", "skipped": "1"}

@@ -148,7 +148,7 @@ def test_an_offloaded_model_takes_more_pairs_and_no_tapes(monkeypatch: pytest.Mo
     here = plan_sweep(plug, budget, size, pairs=100, together=False)
     monkeypatch.setattr(type(plug), "offloaded", True)
     there = plan_sweep(plug, budget, size, pairs=100, together=False)
-    assert here == SweepPlan(-(-TAPED_ENOUGH // 50), 1, taped_from=0, together=True)
+    assert here == SweepPlan(-(-TAPED_ENOUGH // 50), 1, taped_from=0)
     assert there == SweepPlan(-(-ENOUGH // 50), 1, taped_from=len(plug.layers))
 
 

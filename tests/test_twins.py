@@ -13,6 +13,8 @@ from torch import nn
 import atp_fast.engine
 import zoo
 from atp_fast import Engine
+from atp_fast.attribution import memory
+from atp_fast.attribution.memory import Budget, SweepSize, plan_sweep
 from atp_fast.attribution.twins import Given, Noting
 from atp_fast.hf.norms import find_norms
 from atp_fast.hf.rotations import find_rotations, own_rotations
@@ -111,11 +113,9 @@ def test_a_rotation_of_other_pairs_stays_the_models() -> None:
 def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(family, torch.float32)
     pairs, whole, found = zoo.mixed_pairs(model, "left"), atp_fast.engine.sweep, []
-    seen = []
 
     def planned(together: bool) -> Any:
         def sweep(plug: Any, pairs: Any, metric: Any, plan: Any, *args: Any, **named: Any) -> Any:
-            seen.append(plan.together)
             return whole(plug, pairs, metric, plan._replace(together=together), *args, **named)
 
         return sweep
@@ -124,7 +124,6 @@ def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(atp_fast.engine, "sweep", planned(together))
         engine = Engine(model, "cpp")
         found.append(engine.attribute(pairs, progress=False).contribution)
-    assert all(seen)  # it is what the plan says where there is room
     for kind, ours in found[0].items():
         torch.testing.assert_close(ours, found[1][kind], rtol=2e-4, atol=2e-6)
 
@@ -143,3 +142,18 @@ def test_another_order_of_calls_is_noticed() -> None:
         assert torch.equal(
             norm(half, weight, None, Norm(1e-5), "reference"), noting.noted[0][1][0][:2]
         )
+
+
+def test_prompts_run_together_where_starts_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug = Engine(zoo.build("gpt2")).plug
+    size = SweepSize(positions=8, prefix=0, cotangents=3, kinds=("q",), logits=1)
+    enough, little = Budget(2**30, auto=False), Budget(1, auto=False)
+
+    def together(budget: Budget, **changes: object) -> bool:
+        return plan_sweep(plug, budget, size._replace(**changes), pairs=1, together=False).together
+
+    assert not together(enough)
+    monkeypatch.setattr(memory, "saves_starts", lambda device: True)
+    assert together(enough)
+    assert not together(little)
+    assert not together(enough, precision="bf16")

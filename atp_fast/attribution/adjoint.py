@@ -46,8 +46,8 @@ class Adjoint:
                     sums.add(edge, before, own=True)
             wanted = set(self._wanted)
             found: dict[Edge, Tensor] = {}
-            for node, inner in self._steps:
-                edges = [(node, i) for i in range(_outputs(node))]
+            for node, inner, outputs in self._steps:
+                edges = [(node, i) for i in range(outputs)]
                 for edge in edges:
                     if edge in wanted and sums.has(edge):
                         found[edge] = sums.kept(edge)
@@ -63,16 +63,15 @@ class Adjoint:
 
 
 def _edge(x: Tensor) -> Edge:
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
     edge = torch.autograd.graph.get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 
-def _outputs(node: Any) -> int:
-    return len(node._input_metadata)
-
-
-def _order(roots: Iterable[Any], targets: set[Any]) -> list[tuple[Any, bool]]:
-    """Steps through which gradients of the targets pass, each behind all that feed it; and whether it leads on to another."""
+def _order(roots: Iterable[Any], targets: set[Any]) -> list[tuple[Any, bool, int]]:
+    """Steps through which gradients of the targets pass, each behind all that feed it; whether it leads on to another, and
+    how many outputs it has."""
     leads: dict[Any, bool] = {}  # whether a step reaches a target
     inner: dict[Any, bool] = {}
     done: list[Any] = []
@@ -91,7 +90,7 @@ def _order(roots: Iterable[Any], targets: set[Any]) -> list[tuple[Any, bool]]:
                 stack.extend(
                     (n, False) for n, _ in node.next_functions if n is not None and n not in leads
                 )
-    return [(node, inner[node]) for node in reversed(done)]
+    return [(node, inner[node], len(node._input_metadata)) for node in reversed(done)]
 
 
 class _Sums:
@@ -143,9 +142,10 @@ def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
         grad, own = grads[0]
         parts = rule(node, grad, own) if len(grads) == 1 else None
         if parts is not None:
+            exact = node.name() not in _BROADCAST
             for target, (part, mine) in zip(targets, parts, strict=False):
                 if target[0] is not None and part is not None:
-                    sums.add(target, _fitted(part, target), mine)
+                    sums.add(target, part if exact else _fitted(part, target), mine)
             return
     plain = [g.alone() if isinstance(g, Pending) else g for g, _ in grads]
     own_rule = getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
@@ -284,6 +284,8 @@ def _silu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     return [(torch.ops.aten.silu_backward(plain, node._saved_self.expand_as(plain)), True)]
 
 
+# steps whose inputs may have another shape or dtype than their output
+_BROADCAST = frozenset(("AddBackward0", "MulBackward0", "ToCopyBackward0"))
 _RULES: dict[str, _Rule] = {
     "AddBackward0": _add,
     "MulBackward0": _multiply,

@@ -66,7 +66,7 @@ class Noting(TorchFunctionMode):
             self.noted.append((norm, found))
             return found[0]
         result = function(*args, **kwargs)
-        if function in _KNOWN and not kwargs:
+        if function in _ACTIVATIONS or (function in _KNOWN and not kwargs):
             self.noted.append((function, (result,)))
         return result
 
@@ -82,7 +82,8 @@ class Given(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs or (function not in _KNOWN and function is not norm):
+        activation = _ACTIVATIONS.get(function)
+        if activation is None and (kwargs or (function not in _KNOWN and function is not norm)):
             return function(*args, **kwargs)
         known, values = next(self._noted, (None, ()))
         x = args[1] if function is torch.addmm else args[0]
@@ -93,6 +94,8 @@ class Given(TorchFunctionMode):
             mean, rstd = (None if v is None else v[: len(x)] for v in values[1:])
             assert rstd is not None
             return given_norm(*args, given=(value, mean, rstd))
+        if activation is not None:
+            return _GivenActivation.apply(x, value, activation, kwargs)  # type: ignore[no-untyped-call]
         return _KNOWN[function](value, *args)
 
 
@@ -111,6 +114,39 @@ class _GivenProduct(torch.autograd.Function):
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
         return [Pending.product(grad, ctx.back, ctx.multiply)]
+
+
+class _GivenActivation(torch.autograd.Function):
+    """`value`, which is an activation of x; backward: torch's function of (gradient, x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, backward: Any, options: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope, ctx.options = backward, options
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _GivenActivation.cotangents(ctx, grad[None])[0][0], None, None, None
+
+    @staticmethod
+    def cotangents(ctx: Any, grad: Tensor) -> list[Tensor]:
+        (x,) = ctx.saved_tensors
+        return [ctx.slope(grad, x.expand_as(grad), ctx.options)]
+
+
+def _gelu_slope(grad: Tensor, x: Tensor, options: dict[str, Any]) -> Any:
+    return torch.ops.aten.gelu_backward(grad, x, approximate=options.get("approximate", "none"))
+
+
+def _silu_slope(grad: Tensor, x: Tensor, options: dict[str, Any]) -> Any:
+    return torch.ops.aten.silu_backward(grad, x)
+
+
+_ACTIVATIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor, dict[str, Any]], Any]] = {
+    F.gelu: _gelu_slope,
+    F.silu: _silu_slope,
+}
 
 
 def _linear(value: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

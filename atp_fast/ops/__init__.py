@@ -360,7 +360,7 @@ def add_effects(
     if (per_pair is None) != (rows is None):
         raise ValueError("per_pair and rows must be given together")
     sums = accumulation_dtype(grad)
-    pairs = 0 if per_pair is None else per_pair.shape[0]
+    pairs, device = 0 if per_pair is None else per_pair.shape[0], grad.device
     for name, x, shape, dtype in (
         ("clean", clean, grad.shape[1:], grad.dtype),
         ("corrupted", corrupted, grad.shape[1:], grad.dtype),
@@ -374,12 +374,10 @@ def add_effects(
     ):
         if x is None:
             continue
-        if tuple(x.shape) != tuple(shape):
+        if x.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.dtype != dtype or x.device != grad.device:
-            raise ValueError(
-                f"{name} must be {dtype} on {grad.device}, got {x.dtype} on {x.device}"
-            )
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} must be {dtype} on {device}, got {x.dtype} on {x.device}")
     for name, x in (("score", score), ("effect", effect), ("per_pair", per_pair)):
         if x is not None and x.numel() and x.stride(-1) != 1:
             raise ValueError(f"{name} must have a contiguous last axis")
@@ -405,7 +403,7 @@ def add_effects(
 def _check_like(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
     if x is None:
         return
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
