@@ -39,7 +39,7 @@ STOP = "tests/test_engine.py -k stopped"
 SPANS = "tests/test_spans.py"
 REFUSE = "tests/test_refusals.py"
 SCORES = "tests/test_own_scores.py"
-HARD = "tests/test_hard_use.py -k 'not random'"
+HARD = "tests/test_hard_use.py -k "
 OPTIONS = "tests/test_cli_options.py"
 OPS = "tests/test_ops_cpp.py"
 REPORT = "tests/test_report.py"
@@ -1024,43 +1024,60 @@ FAULTS = [
         REFUSE,
     ),
     # hard use
-    Fault("atp_fast/hf/switching.py", "    with lock:\n", "    if lock:\n", HARD),
+    Fault("atp_fast/hf/switching.py", "    with lock:\n", "    if lock:\n", HARD + "thread"),
     Fault(
         "atp_fast/hf/switching.py",
         "with torch.inference_mode(False), torch.no_grad():",
         "with torch.no_grad():",
-        HARD,
+        HARD + "modes",
     ),
     Fault(
         "atp_fast/hf/switching.py",
         "switched(forwards, lambda module, compiled: getattr(compiled, _WRITTEN)),",
         "",
-        HARD,
+        HARD + "compiled",
     ),
-    Fault("atp_fast/hf/switching.py", "switched(calls, lambda module, compiled: None),", "", HARD),
-    Fault("atp_fast/metrics.py", "for row in (0, len(values) - 1):", "for row in (0,):", HARD),
+    Fault(
+        "atp_fast/hf/switching.py",
+        "switched(calls, lambda module, compiled: None),",
+        "",
+        HARD + "compiled",
+    ),
     Fault(
         "atp_fast/metrics.py",
-        "if len(values) < 2 or metric.mixes_pairs",
-        "if metric.mixes_pairs",
-        HARD,
+        "for row in (0, len(values) - 1):",
+        "for row in (0,):",
+        HARD + "mixes",
     ),
     Fault(
         "atp_fast/files.py",
         "if found == wanted and digest != _digest(tensors, header):",
         "if False:",
-        HARD,
+        HARD + "byte",
     ),
-    Fault("atp_fast/files.py", "(found != older or digest is not None)", "found != older", HARD),
     Fault(
-        "atp_fast/files.py", "        seen.update(x.contiguous()", "        (x.contiguous()", HARD
+        "atp_fast/files.py",
+        "(found != older or digest is not None)",
+        "found != older",
+        HARD + "digest",
     ),
-    Fault("atp_fast/engine.py", "_warn_of_nothing(scores, run_pairs, measure)", "pass", HARD),
+    Fault(
+        "atp_fast/files.py",
+        "        seen.update(x.contiguous()",
+        "        (x.contiguous()",
+        HARD + "byte",
+    ),
+    Fault(
+        "atp_fast/engine.py",
+        "_warn_of_nothing(scores, run_pairs, measure)",
+        "pass",
+        HARD + "vanish",
+    ),
     Fault(
         "atp_fast/engine.py",
         "if none and scores.space.layers > 1 and",
         "if none and",
-        HARD + " tests/test_engine.py",
+        HARD + "vanish",
     ),
 ]
 

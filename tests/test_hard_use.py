@@ -367,6 +367,19 @@ def test_effects_that_vanish_are_said_once(model: PreTrainedModel, pairs: Prompt
         engine.attribute(same, "nll", nodes=["k", "z"], progress=False)
 
 
+def test_effects_that_may_vanish_in_a_model_of_one_layer() -> None:
+    """Its last query, the only one that counts, is the same in prompts that differ before it: nothing is said."""
+    model = zoo.build("llama", num_hidden_layers=1)
+    clean = torch.arange(5, 12)[None]
+    corrupted = clean.clone()
+    corrupted[0, 3] = 40
+    pairs = PromptPairs(clean, corrupted, torch.tensor([9]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Engine(model, "reference").attribute(pairs, "nll", nodes=["q", "k"], progress=False)
+    assert not found.effect["q"].any() and found.effect["k"].any()
+
+
 # ---- files
 
 

@@ -13,13 +13,13 @@ import tiny_models
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
-# the interface; own softmax: a table of masks, ALiBi, one key head; post-norm; latent attention with experts
-SERVED = ("llama", "gpt_neo", "bloom", "falcon", "bert", "deepseek_v3")
+# the interface; own softmax: a table of masks, ALiBi, one key head; post-norm; latent attention with experts; a hybrid
+SERVED = ("llama", "gpt_neo", "bloom", "falcon", "bert", "deepseek_v3", "lfm3")
 REFUSED = {
     "mamba": "no attention heads",
     "diffllama": "computes attention 2 times",
     "llama4_text": "no causal mask or causal sliding window",
-    "hy_v4": "do not run one after the other",
+    "hy_v4": "no gradient flows through self_attn.indexer",
 }
 
 
