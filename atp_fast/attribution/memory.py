@@ -121,7 +121,8 @@ class Costs(NamedTuple):
     stored: int  # both runs' layer inputs
     tape: int  # what autograd keeps of one layer, the node values of both runs, the layer's outputs
     twin: int  # what a tape keeps of the corrupted prompt, where both ran in one batch
-    found: int  # of the layer at work: differences of node values, and neurons' effects while they are summed
+    found: int  # of the layer at work: one copy of its node values
+    summed: int  # the same with spans: neurons' effects while they are summed
     carried: int  # one cotangent: of a layer's output, and of its input
     mlp: int  # one cotangent on its way through the MLP: a gradient per activation that autograd keeps, and one more
     attention: int  # one on its way through the attention: neurons' gradient, z's, and those of q, k, v twice
@@ -144,7 +145,8 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
         stored=item * 2 * (layers + 1) * hidden,
         tape=found.tape_bytes + item * (2 * values + 2 * hidden),
         twin=found.tape_bytes,
-        found=item * (values + 5 * neurons),
+        found=item * values,
+        summed=item * 5 * neurons,
         carried=item * 2 * hidden,
         mlp=found.tape_bytes + item * found.neurons,
         attention=item * (neurons + heads // 2 + (heads + 2 * kv_heads) + hidden),
@@ -171,11 +173,9 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
         tapes = 1 + max(0, layer - plan.taped_from)
         cotangents = min(size.cotangents, layers - layer)
         chunk = min(plan.chunk, cotangents)
-        # when all cotangents are one chunk, they are through the MLP before the first effects are taken
-        mlp = chunk * cost.mlp + (cost.found if chunk < cotangents or size.spans else 0)
-        if size.spans:
-            mlp += chunk * cost.signed
-        work = size.positions * max(mlp, cost.found + chunk * cost.attention)
+        # effects are added to the scores in place, but for those that are summed over spans first
+        found = cost.found + (cost.summed + chunk * cost.signed if size.spans else 0)
+        work = size.positions * (found + chunk * max(cost.mlp, cost.attention))
         work += size.positions * cotangents * cost.carried
         work += size.prefix * chunk * cost.prefix_gradient
         peak = max(peak, always + tapes * tape + pairs * work)
