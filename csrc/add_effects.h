@@ -1,13 +1,15 @@
-// I = sum over the last axis of (corrupted - clean) * grad, per cotangent, added in place: to score the weighted sum over
-// cotangents and pairs of |I|, to effect the sum over pairs of the first cotangent's I, to a pair's own row one of the
-// two. A unit owns columns of the scores and goes over all pairs that have a position there, in order, so that no sum
-// depends on the number of threads; each gradient is read once, several cotangents side by side (see node_effects.h).
+// I = sum over the last axis of (corrupted - clean) * grad, per cotangent, added in place: to score
+// the weighted sum over cotangents and pairs of |I|, to effect the sum over pairs of the first
+// cotangent's I, to a pair's own row one of the two. A unit owns columns of the scores and goes
+// over all pairs that have a position there, in order, so that no sum depends on the number of
+// threads; each gradient is read once, several cotangents side by side (see node_effects.h).
 // Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
 template <typename R>
 struct AddEffects {
     static constexpr int abreast = NodeEffects<R>::abreast;
-    static constexpr Index enough = 4096;  // elements of a cotangent per unit, where there are so many
+    static constexpr Index enough =
+        4096;  // elements of a cotangent per unit, where there are so many
 
     AddEffectsCall call;
     Index columns_per_unit;
@@ -72,8 +74,8 @@ struct AddEffects {
             const auto some = [&](Index c, auto n) {
                 const R* grads[n];
                 for (int k = 0; k < n; ++k)
-                    grads[k] = vectors(other + k * count, call.grad,
-                                       at + (c + k) * call.grad.stride[0]);
+                    grads[k] =
+                        vectors(other + k * count, call.grad, at + (c + k) * call.grad.stride[0]);
                 add<n>(score, c == 0 ? first : nullptr, call.corrupted.data ? delta : nullptr,
                        grads, weights + c);
             };

@@ -121,12 +121,13 @@ void norm(const std::array<Index, 5>& sizes, const Passed& x, const Passed& grad
 // sizes: outer, batch, heads, positions, dim, rotated
 void rotate(const std::array<Index, 6>& sizes, const Passed& x, const Passed& cos,
             const Passed& sin, bool adjoint, const Passed& out, int threads) {
-    const RotateCall call{sizes[0],  sizes[1],  sizes[2],  sizes[3],  sizes[4], sizes[5],
-                          view(x), view(cos), view(sin), view(out), adjoint};
+    const RotateCall call{sizes[0], sizes[1],  sizes[2],  sizes[3],  sizes[4], sizes[5],
+                          view(x),  view(cos), view(sin), view(out), adjoint};
     kernels().rotate[slot(call.x.dtype)](call, threads);
 }
 
-// sizes: cotangents, batch, positions, width, dim, columns; values are (batch, positions, width, dim)
+// sizes: cotangents, batch, positions, width, dim, columns; values are (batch, positions, width,
+// dim)
 void add_effects(const std::array<Index, 6>& sizes, const Passed& grad, const Passed& clean,
                  const Passed& corrupted, std::uintptr_t weights, std::uintptr_t live,
                  std::uintptr_t first, const Passed& score, std::uintptr_t effect,

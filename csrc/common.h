@@ -87,8 +87,8 @@ struct AddEffectsCall {
 };
 
 // norm, and norm_vjp where grad is given: views are (cotangents, sizes..., width), x and a
-// forward's out without the first axis (its stride is not used); weight, bias, mean and rstd are of the
-// accumulation type, bias null for none, mean null unless x is centred.
+// forward's out without the first axis (its stride is not used); weight, bias, mean and rstd are of
+// the accumulation type, bias null for none, mean null unless x is centred.
 struct NormCall {
     Index cotangents, sizes[3], width;
     View x, grad, out;
@@ -99,7 +99,8 @@ struct NormCall {
     bool rounded;
 };
 
-// rotate: x and out are (outer, batch, heads, positions, dim), cos and sin (batch, positions, rotated).
+// rotate: x and out are (outer, batch, heads, positions, dim), cos and sin (batch, positions,
+// rotated).
 struct RotateCall {
     Index outer, batch, heads, positions, dim, rotated;
     View x, cos, sin, out;

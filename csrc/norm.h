@@ -1,7 +1,7 @@
-// Normalisation of rows, its adjoint for many cotangents, and the rotation of queries and keys by position: one pass each.
-// A unit is a fixed run of rows, so that no result depends on the number of threads; sums of a row run in the accumulation
-// type, in as many parts as a vector has lanes. Included once per instruction set, inside that set's namespace
-// (isa_*.cpp): no include guard.
+// Normalisation of rows, its adjoint for many cotangents, and the rotation of queries and keys by
+// position: one pass each. A unit is a fixed run of rows, so that no result depends on the number
+// of threads; sums of a row run in the accumulation type, in as many parts as a vector has lanes.
+// Included once per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
 constexpr Index rows_per_unit = 32;
 
@@ -46,13 +46,15 @@ struct Norm {
 
     void forward(Index number, R* buffer) const {
         const Index width = call.width;
-        const R *weight = static_cast<const R*>(call.weight), *bias = static_cast<const R*>(call.bias);
+        const R *weight = static_cast<const R*>(call.weight),
+                *bias = static_cast<const R*>(call.bias);
         const R* x = row(buffer, call.x.data, call.x.dtype, row_offset(call.x, call.sizes, number),
                          call.x.stride[4], width);
         R mean = 0;
         if (call.mean) {
-            mean = row_sum<R>(width, [&](Index i) { return load(x + i); },
-                              [&](Index i) { return x[i]; }) / R(width);
+            mean = row_sum<R>(
+                       width, [&](Index i) { return load(x + i); }, [&](Index i) { return x[i]; }) /
+                   R(width);
             static_cast<R*>(call.mean)[number] = mean;
         }
         const R square = row_sum<R>(
@@ -87,15 +89,18 @@ struct Norm {
         normalised(n, x, mean, rstd);
         for (Index c = 0; c < call.cotangents; ++c) {
             const Index at = row_offset(call.grad, call.sizes, number) + c * call.grad.stride[0];
-            const R* g =
-                row(h, call.grad.data, call.grad.dtype, at, call.grad.stride[4], width);
+            const R* g = row(h, call.grad.data, call.grad.dtype, at, call.grad.stride[4], width);
             for (Index i = 0; i < width; ++i) h[i] = g[i] * (weight[i] + offset);
-            const R along = row_sum<R>(width, [&](Index i) { return load(h + i) * load(n + i); },
-                                       [&](Index i) { return h[i] * n[i]; }) / R(width);
+            const R along = row_sum<R>(
+                                width, [&](Index i) { return load(h + i) * load(n + i); },
+                                [&](Index i) { return h[i] * n[i]; }) /
+                            R(width);
             R level = 0;
             if (call.mean)
-                level = row_sum<R>(width, [&](Index i) { return load(h + i); },
-                                   [&](Index i) { return h[i]; }) / R(width);
+                level = row_sum<R>(
+                            width, [&](Index i) { return load(h + i); },
+                            [&](Index i) { return h[i]; }) /
+                        R(width);
             for (Index i = 0; i < width; ++i) h[i] = (h[i] - level - n[i] * along) * rstd;
             const Index to = row_offset(call.out, call.sizes, number) + c * call.out.stride[0];
             if (call.before) {
@@ -138,10 +143,10 @@ struct Rotate {
         const Index m = number % call.positions, outer = number / call.positions;
         const Index b = outer % call.batch;
         R *x = buffer, *y = x + dim, *cos = y + dim, *sin = cos + call.rotated;
-        read_row(cos, call.cos.data, call.cos.dtype, b * call.cos.stride[0] + m * call.cos.stride[1],
-                 call.cos.stride[2], call.rotated);
-        read_row(sin, call.sin.data, call.sin.dtype, b * call.sin.stride[0] + m * call.sin.stride[1],
-                 call.sin.stride[2], call.rotated);
+        read_row(cos, call.cos.data, call.cos.dtype,
+                 b * call.cos.stride[0] + m * call.cos.stride[1], call.cos.stride[2], call.rotated);
+        read_row(sin, call.sin.data, call.sin.dtype,
+                 b * call.sin.stride[0] + m * call.sin.stride[1], call.sin.stride[2], call.rotated);
         const auto at = [&](const View& v, Index h) {
             return outer / call.batch * v.stride[0] + b * v.stride[1] + h * v.stride[2] +
                    m * v.stride[3];
@@ -157,7 +162,8 @@ struct Rotate {
                 }
             } else if (narrow) {  // rounded where the models' own code rounds
                 for (Index i = 0; i < half; ++i) {
-                    y[i] = rounded_to(dtype, x[i] * cos[i]) - rounded_to(dtype, x[half + i] * sin[i]);
+                    y[i] =
+                        rounded_to(dtype, x[i] * cos[i]) - rounded_to(dtype, x[half + i] * sin[i]);
                     y[half + i] = rounded_to(dtype, x[half + i] * cos[half + i]) +
                                   rounded_to(dtype, x[i] * sin[half + i]);
                 }

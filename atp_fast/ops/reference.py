@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class AttentionStats(NamedTuple):
     """Per query row, what the backward pass and the stable key fix need, in the accumulation dtype.
