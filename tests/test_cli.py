@@ -200,17 +200,16 @@ def test_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkey
 
 
 def test_refused_model_names_class_and_reason(tmp_path):
-    config = transformers.GPTNeoConfig(
-        vocab_size=276, hidden_size=16, num_layers=2, num_heads=2,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=32,
-    )  # fmt: skip
-    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
-    load_model(LLAMA)[1].save_pretrained(tmp_path / "neo")
-    _, stderr = attribute(tmp_path / "run", *PAIR, model=tmp_path / "neo", code=2)
-    assert "GPTNeoForCausalLM" in error_of(stderr)
-    stdout, _ = run("doctor", "--model", tmp_path / "neo", code=1)
-    assert f"{tmp_path / 'neo'}: refused: " in stdout
-    assert "GPTNeoForCausalLM" in stdout
+    config = transformers.MambaConfig(
+        vocab_size=276, hidden_size=16, num_hidden_layers=2, state_size=4
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    load_model(LLAMA)[1].save_pretrained(tmp_path / "mamba")
+    _, stderr = attribute(tmp_path / "run", *PAIR, model=tmp_path / "mamba", code=2)
+    assert "MambaForCausalLM" in error_of(stderr)
+    stdout, _ = run("doctor", "--model", tmp_path / "mamba", code=1)
+    assert f"{tmp_path / 'mamba'}: refused: " in stdout
+    assert "MambaForCausalLM" in stdout
 
 
 def test_debug_shows_the_traceback():

@@ -72,13 +72,13 @@ if not triton.INTERPRETED:
         "some", ["f32 and attention_vjp_effects", "not (f32 and attention_vjp_effects)"]
     )
     def test_in_the_interpreter(some: str) -> None:
-        files = [__file__, *(f"tests/{name}" for name in ("test_add_effects.py", "test_norm.py"))]
+        here = Path(
+            __file__
+        ).parent  # not the sources' folder, which would hide an installed atp_fast
+        files = [__file__, str(here / "test_add_effects.py"), str(here / "test_norm.py")]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         command += ["-p", "no:xdist", "-k", some]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        here = Path(
-            __file__
-        ).parent  # not the sources' folder, where an installed atp_fast would be hidden
         done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

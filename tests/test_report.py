@@ -553,14 +553,14 @@ def test_the_command_s_errors_are_one_line_each(folder):
     (folder / "verified.safetensors").unlink()
     of_another_version(folder / "run.safetensors")
     said = error(folder)
-    assert "must hold atp_fast.attribution/1, got atp_fast.attribution/2" in said
+    assert "must hold atp_fast.attribution/2, got atp_fast.attribution/3" in said
     assert "another version of atp_fast" in said
     assert os.listdir(folder) == ["run.safetensors"]
 
 
 def of_another_version(path):
     with safe_open(path, framework="pt") as file:
-        header = file.metadata() | {"format": "atp_fast.attribution/2"}
+        header = file.metadata() | {"format": "atp_fast.attribution/3"}
     tensors = load_file(path)
     save_file({name: x.clone() for name, x in tensors.items()}, path, metadata=header)
 

@@ -6,6 +6,7 @@ taken for one where it gives the same numbers.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -38,11 +39,12 @@ def find_norms(layer: nn.Module) -> list[FoundNorm]:
 def own_norms(norms: Sequence[FoundNorm], backend: str) -> AbstractContextManager[None]:
     """Inside, these norms run by the backend; the model's own code is back at the end."""
     kinds = {found.module: found.how for found in norms}
-    mine = [
-        (module, "forward")
-        for module in kinds
-        if vars(module).keys().isdisjoint(("forward", "_old_forward"))  # not another's
-    ]
+    mine = []
+    for module in kinds:
+        if "_old_forward" in vars(module):  # accelerate fetches the weights, then calls this
+            mine.append((module, "_old_forward"))
+        elif "forward" not in vars(module):  # not another's
+            mine.append((module, "forward"))
     return switched(mine, lambda m, own: functools.partial(_forward, m, own, kinds[m], backend))
 
 
@@ -63,9 +65,13 @@ def _recognised(module: nn.Module) -> Norm | None:
     if names != ["weight"] or not isinstance(eps, float) or any(True for _ in module.buffers()):
         return None
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    if weight.ndim != 1 or weight.device.type == "meta" or not weight.is_floating_point():
+    if weight.ndim != 1 or not weight.is_floating_point():
         return None
     generator = torch.Generator().manual_seed(0)
+    if weight.is_meta:  # fetched when the layer runs: the code is tried on other numbers
+        weight = torch.randn(len(weight), generator=generator).to(weight.dtype)
+        module = copy.copy(module)
+        module._parameters = {"weight": nn.Parameter(weight)}
     rows = torch.randn(4, len(weight), generator=generator)
     # rows as small as eps tell where it is added
     x = (rows * torch.tensor([[eps**0.5], [0.1], [1.0], [30.0]])).to(weight)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atp_fast import ops
+from atp_fast.ops.reference import accumulation_dtype
 
 Name = TypeVar("Name")
 Found = TypeVar("Found")
@@ -58,6 +59,15 @@ def calls_of(x: Inputs) -> dict[str, Callable[..., Any]]:
     moved: dict[str, Any] = {"q_corrupted": x.q_corrupted, "grad_z": x.grad_z}
     vjp: dict[str, Any] = {"stats": stats, "grad_z": x.grad_z}
     qkv = (x.q, x.k, x.v)
+    # values as the sweep has them, heads behind positions
+    clean, corrupted = x.q.transpose(1, 2), x.q_corrupted.transpose(1, 2)
+    wide = accumulation_dtype(x.q)
+    score = torch.zeros(clean.shape[1:3], dtype=wide, device=x.q.device)
+    how = ops.Norm(1e-6)
+    weight = torch.ones(x.q.shape[-1], dtype=x.q.dtype, device=x.q.device)
+    rstd = ops.norm(x.q, weight, how=how)[2]
+    even = x.q.shape[-1] // 2 * 2
+    cos, sin = (x.q[:, 0, :, :even], x.q_corrupted[:, 0, :, :even])
     return {
         "attention": partial(ops.attention, *qkv),
         "attention_vjp": partial(ops.attention_vjp, *qkv, **vjp),
@@ -67,6 +77,19 @@ def calls_of(x: Inputs) -> dict[str, Callable[..., Any]]:
             ops.attention_vjp_effects, *qkv, k_corrupted=x.k_corrupted, **moved, stats=stats
         ),
         "node_effects": partial(ops.node_effects, x.q, x.grad_z, weights=weights),
+        "add_effects": partial(
+            ops.add_effects,
+            x.grad_z.transpose(2, 3),
+            weights=weights.to(wide),
+            score=score,
+            clean=clean,
+            corrupted=corrupted,
+        ),
+        "norm": partial(ops.norm, x.q, weight, how=how),
+        "norm_vjp": partial(
+            ops.norm_vjp, x.q, weight, mean=None, rstd=rstd, grad=x.grad_z, how=how
+        ),
+        "rotate": partial(ops.rotate, x.q, cos, sin),
     }
 
 
