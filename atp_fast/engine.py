@@ -20,6 +20,7 @@ from atp_fast.attribution.question import Question, check_method
 from atp_fast.attribution.runs import shared_start
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.sweep import sweep
+from atp_fast.attribution.tape import check_walk
 from atp_fast.hf import Plug, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
 from atp_fast.nodes import Node, check_kinds
@@ -61,6 +62,7 @@ class Engine:
         self.precision = check_precision(precision)
         self._asked_budget = read_budget(memory_budget)
         self.plug = Plug(model, backend)
+        check_walk(self.plug)
         self.model = self.plug.model
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
 

@@ -244,7 +244,7 @@ def page(found: Sequence[Row]) -> str:
 
     worst = max(served, key=error)
     reasons = [(row["type"], row["reason"]) for row in refused]
-    reasons += [(row["type"], f"not built: {row['reason']}") for row in others]
+    reasons += [(row["type"], f"{row['state']}: {wrong(row) or row['reason']}") for row in others]
     return _PAGE.format(
         command=COMMAND,
         types=len(found),

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import zoo
+from atp_fast import Engine
+from atp_fast.attribution import adjoint
 from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.ops import Norm
 from atp_fast.ops.functions import norm, rotate
@@ -16,6 +19,7 @@ from atp_fast.ops.linear import linear
 
 W, V, B = (torch.randn(shape, dtype=torch.float64) for shape in ((8, 6), (6, 8), (8,)))
 ROWS = torch.randn(3, 1, dtype=torch.float64)
+TURNS = torch.polar(torch.ones(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64))
 TABLE = torch.randn(1, 3, 4, dtype=torch.float64)
 
 
@@ -85,6 +89,9 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "one gradient two ways": shared,
     "scaled sum": lambda x: torch.add(x, x * x, alpha=3),
     "float32 between": lambda x: (x.float() * 2).double() + x,
+    "complex rotation": lambda x: (
+        torch.view_as_real(torch.view_as_complex(x.view(2, 3, 3, 2)) * TURNS).flatten(2) * 2
+    ),
     "foreign function": lambda x: Cube.apply(3, x) + torch.softmax(x, -1),
 }
 
@@ -105,6 +112,16 @@ def test_it_is_autograds(name: str, count: int) -> None:
     (summed,) = walk([cotangents], [ahead.clone()])
     torch.testing.assert_close(summed, torch.stack(wanted) + ahead, rtol=1e-6, atol=1e-6)
     assert torch.equal(cotangents, before)
+
+
+def test_an_engine_sees_a_walk_that_is_not_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its opening, for every kind of layer, before any number is given."""
+    Engine(zoo.build("llama"))
+    monkeypatch.setitem(adjoint._RULES, "SiluBackward0", lambda node, grad, own: [(grad, own)])
+    Engine(zoo.build("gpt2"))
+    reason = "LlamaForCausalLM is not served: cotangents through layer 0 differ from autograd's by"
+    with pytest.raises(NotImplementedError, match=reason):
+        Engine(zoo.build("llama"))
 
 
 def test_what_lies_between_is_handed_out_whole() -> None:

@@ -138,7 +138,7 @@ def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
         return
     targets = node.next_functions
     rule = _RULES.get(node.name())
-    if rule is not None:
+    if rule is not None and not _is_complex(node):
         grad, own = grads[0]
         parts = rule(node, grad, own) if len(grads) == 1 else None
         if parts is not None:
@@ -162,6 +162,12 @@ def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
     for target, part in zip(targets, _by_autograd(node, plain), strict=True):
         if target[0] is not None and part is not None:
             sums.add(target, _fitted(part, target), False)
+
+
+def _is_complex(node: Any) -> bool:
+    """Whether a step's outputs or inputs are complex (rotations may be): its gradients are conjugates, autograd knows how."""
+    nodes = [(node, 0), *node.next_functions]
+    return any(n is not None and n._input_metadata[i].dtype.is_complex for n, i in nodes)
 
 
 def _fitted(part: Tensor | Pending, target: Edge) -> Tensor | Pending:

@@ -72,3 +72,50 @@ class LayerTape:
         overwritten."""
         values = [self.values[kind] for kind in grads]
         return Adjoint(values, [self.x])(list(grads.values()), [ahead])[0]
+
+
+def check_walk(plug: Plug) -> None:
+    """NotImplementedError where cotangents that walk a layer's graph end in other gradients than autograd's own pass.
+
+    Every kind of layer is tried once, on a few tokens.
+    """
+    tried: set[tuple[type, ...]] = set()
+    generator = torch.Generator().manual_seed(0)
+    with plug.plugged():
+        x, arguments = plug.enter(plug.short_prompt())
+        for number, layer in enumerate(plug.layers):
+            kind = tuple(type(module) for module in layer.module.modules())
+            tape = LayerTape(plug, number, x, arguments[number], None, ())
+            if kind not in tried:
+                tried.add(kind)
+                run = tape.run
+                _compare(plug, number, [tape.out], [*_present(run.z), tape.x], generator)
+                _compare(plug, number, _present(run.q, run.k, run.v), [tape.x], generator)
+            x = tape.out.detach()
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _compare(
+    plug: Plug,
+    number: int,
+    outputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    generator: torch.Generator,
+) -> None:
+    outputs = [x for x in outputs if x.requires_grad]
+    if not outputs:
+        return
+    cotangents = [torch.randn((2, *x.shape), generator=generator).to(x) for x in outputs]
+    first = [c[0] for c in cotangents]
+    own = torch.autograd.grad(
+        outputs, wanted, first, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    for ours, right in zip(Adjoint(outputs, wanted)(cotangents), own, strict=True):
+        error = plug.error(ours[0], right)
+        if bool(right.any()) and not error <= plug.tolerance(right):
+            raise NotImplementedError(
+                f"{plug.name} is not served: cotangents through layer {number} differ from autograd's by {error:.1e} of the largest"
+            )

@@ -88,7 +88,7 @@ class Plug(LayeredModel):
             and not self.own_softmax  # its masks start at the first position that is run
             and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
         )
-        ids = self._short_prompt(config)
+        ids = self.short_prompt()
         own = self._own_logits(ids)
         with self.plugged():
             self._learn(ids, own)
@@ -100,7 +100,9 @@ class Plug(LayeredModel):
         nested = [rope, *(v for v in rope.values() if isinstance(v, dict))]
         return {str(r.get("rope_type", "default")) for r in nested}
 
-    def _short_prompt(self, config: Any) -> Tensor:
+    def short_prompt(self) -> Tensor:
+        """A few different tokens, (1, positions), to try a model on."""
+        config = self.model.config.get_text_config(decoder=True)
         length = min(8, self.inspection.context or 8)
         ids = (torch.arange(length, device=self.device)[None] * 7 + 3) % self.vocabulary
         padding = getattr(config, "pad_token_id", None)
@@ -135,7 +137,7 @@ class Plug(LayeredModel):
         half = ids.shape[1] // 2
         if self.moves:  # roberta counts its positions from another number than 0
             start, moved = self.enter(ids[:, half:], half)
-            self.moves = self._error(start, x[:, half:]) <= self._tolerance(x)
+            self.moves = self.error(start, x[:, half:]) <= self.tolerance(x)
             self._learn_rows(ids[:, half:], half, moved)
         shapes: set[tuple[int, ...]] = set()
         windows, streams = [], []
@@ -169,7 +171,7 @@ class Plug(LayeredModel):
                 with torch.no_grad():
                     alone = LayerRun(self.backend, prefix=prefix)
                     rest = self.run_layer(number, x[:, half:], moved[number], alone)
-                self.moves = self._error(rest, out[:, half:].detach()) <= self._tolerance(out)
+                self.moves = self.error(rest, out[:, half:].detach()) <= self.tolerance(out)
             x = out.detach()
         if not shapes:
             raise NotImplementedError(
@@ -245,18 +247,18 @@ class Plug(LayeredModel):
             self._check_close("logits", self.logits(x), own)
 
     @staticmethod
-    def _tolerance(own: Tensor) -> float:
+    def tolerance(own: Tensor) -> float:
         rounding = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
         return rounding.get(own.dtype, 5e-2)
 
     @staticmethod
-    def _error(ours: Tensor, own: Tensor) -> float:
+    def error(ours: Tensor, own: Tensor) -> float:
         """The largest difference, as a share of the largest value."""
         return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
 
     def _check_close(self, what: str, ours: Tensor, own: Tensor) -> None:
-        error = self._error(ours, own)
-        if not error <= self._tolerance(own):
+        error = self.error(ours, own)
+        if not error <= self.tolerance(own):
             raise NotImplementedError(
                 f"{self.name} is not served: taken apart, its {what} differ from its own by {error:.1e} of the largest"
                 f"{hooked(self.model)}"
