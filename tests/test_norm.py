@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp_fast import ops
+from atp_fast.hf.norms import find_norms, own_norms
 from atp_fast.ops import Norm, reference, triton
 from test_add_effects import BACKENDS, DTYPES
 
@@ -126,3 +128,24 @@ def test_bad_input_is_named() -> None:
         ops.rotate(x[None], x[:, :, :3], x[:, :, :3])
     with pytest.raises(ValueError, match=r"cos must have shape \(1, 3, 2\), got \(2, 3, 2\)"):
         ops.rotate(x[None], x[:, :, :2], x[:, :, :2])
+
+
+def test_a_norm_with_a_gate_keeps_its_own_code_where_it_is_given() -> None:
+    """As in Mamba's mixers: without the gate it is an RMSNorm, and is recognised as one."""
+
+    class Gated(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+            if gate is not None:
+                hidden_states = hidden_states * gate.sigmoid()
+            return super().forward(hidden_states)
+
+    module = Gated(6).requires_grad_(False)
+    module.weight.uniform_(0.5, 2)
+    (found,) = find_norms(module)
+    x, gate = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    wanted = module(x), module(x, gate), module(x, gate=gate)
+    assert not torch.allclose(wanted[0], wanted[1])
+    with own_norms([found], "cpp"):
+        assert "forward" in vars(module)
+        torch.testing.assert_close((module(x), module(x, gate), module(x, gate=gate)), wanted)
+    assert "forward" not in vars(module)

@@ -48,7 +48,11 @@ def own_norms(norms: Sequence[FoundNorm], backend: str) -> AbstractContextManage
     return switched(mine, lambda m, own: functools.partial(_forward, m, own, kinds[m], backend))
 
 
-def _forward(module: Any, own: Function, how: Norm, backend: str, x: Tensor) -> Tensor:
+def _forward(
+    module: Any, own: Function, how: Norm, backend: str, x: Tensor, *more: Any, **named: Any
+) -> Tensor:
+    if more or named:  # a gate, say: it was recognised without one
+        return own(x, *more, **named)
     weight, bias = module.weight, getattr(module, "bias", None)
     plain = x.dtype == weight.dtype and x.device == weight.device and 2 <= x.ndim <= 4
     if not plain or weight.requires_grad or x.shape[-1:] != weight.shape:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 
