@@ -70,7 +70,7 @@ test-interpret: build
 # Each library in an environment of its own, with the torch of constraints.txt.
 LIBRARIES := transformer-lens nnsight auto-circuit
 # Packages of constraints.txt that a library wants older, as a pattern.
-LOOSE_auto-circuit := numpy|pandas|kaleido
+LOOSE_auto-circuit := numpy|pandas|kaleido|transformer-lens
 test-integrations: $(LIBRARIES:%=test-integration-%)
 
 test-integration-%: .venv-%/.atp_fast

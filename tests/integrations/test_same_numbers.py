@@ -40,7 +40,9 @@ def test_from_the_command_line(run, tmp_path):
 
 
 def test_through_transformer_lens(run):
-    pytest.importorskip("transformer_lens")
+    pytest.importorskip(
+        "transformer_lens.model_bridge", reason="TransformerLens 4 is not installed"
+    )
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     from atp_fast.integrations import transformer_lens as ours
