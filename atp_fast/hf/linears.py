@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from atp_fast.hf.switching import Function, switched
+from atp_fast.hf.switching import Function, own_forwards, switched
 from atp_fast.ops import backends
 from atp_fast.ops.linear import linear, own_products_are_faster
 
@@ -31,12 +31,7 @@ def own_linears(
     """
     if not _are_own(torch.empty(0, device=device), backend):
         return nullcontext()
-    own = []
-    for module in modules:
-        if "_old_forward" in vars(module):  # accelerate fetches the weights, then calls this
-            own.append((module, "_old_forward"))
-        elif "forward" not in vars(module):  # not what another has switched
-            own.append((module, "forward"))
+    own = own_forwards(modules)
     return switched(own, lambda module, forward: functools.partial(_forward, module, forward))
 
 

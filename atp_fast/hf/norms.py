@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atp_fast.hf.switching import Function, switched
+from atp_fast.hf.switching import Function, own_forwards, switched
 from atp_fast.ops import Norm
 from atp_fast.ops.functions import norm
 from atp_fast.ops.reference import norm as definition
@@ -39,12 +39,7 @@ def find_norms(layer: nn.Module) -> list[FoundNorm]:
 def own_norms(norms: Sequence[FoundNorm], backend: str) -> AbstractContextManager[None]:
     """Inside, these norms run by the backend; the model's own code is back at the end."""
     kinds = {found.module: found.how for found in norms}
-    mine = []
-    for module in kinds:
-        if "_old_forward" in vars(module):  # accelerate fetches the weights, then calls this
-            mine.append((module, "_old_forward"))
-        elif "forward" not in vars(module):  # not another's
-            mine.append((module, "forward"))
+    mine = own_forwards(kinds)
     return switched(mine, lambda m, own: functools.partial(_forward, m, own, kinds[m], backend))
 
 

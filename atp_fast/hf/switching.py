@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -52,6 +52,18 @@ def recording(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return run
+
+
+def own_forwards(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """What `switched` may exchange to replace these modules' code: accelerate fetches the weights, then calls _old_forward;
+    a forward that another has put in place is left alone."""
+    found = []
+    for module in modules:
+        if "_old_forward" in vars(module):
+            found.append((module, "_old_forward"))
+        elif "forward" not in vars(module):
+            found.append((module, "forward"))
+    return found
 
 
 @contextlib.contextmanager
