@@ -4,6 +4,7 @@ Random prompts and weights; the nodes q, k, v, z and neuron; float32. Rows go to
   length     GPT-NeoX of 4 layers, one pair of up to 8,192 tokens, no shared prefix; the literal reference where it fits
   pairs      GPT-NeoX-160M, 32 tokens, 1 to 32 pairs in one call
   processes  GPT-NeoX-160M, 32 tokens, 16 pairs in shards of 4, by 1 process and by 2 that divide its threads
+  many       GPT-NeoX of 4 layers, 32 tokens, 100, 1,000 and 10,000 pairs in one call
   prefix     GPT-NeoX-160M, one pair of 1,024 tokens that differ in their last 1,024, 512, 128 or 32 only, and in
              "times_slower_than parts": the last one's seconds by those of a 32-token pair and one forward over 992 tokens
 Memory ("extra_peak_bytes") is resident memory above the loaded model, in a process of its own.
@@ -113,6 +114,14 @@ def bench_pairs(options: argparse.Namespace) -> None:
     measure("pairs", [Case(NEOX_160M, 32, pairs) for pairs in numbers], options)
 
 
+def bench_many(options: argparse.Namespace) -> None:
+    """Memory that does not grow with the pairs; each number is timed by itself, once where there are many."""
+    for number in (10, 20) if options.quick else (100, 1_000, 10_000):
+        rounds = 1 if number > 100 else options.rounds
+        once = argparse.Namespace(**{**vars(options), "rounds": rounds})
+        measure("many", [Case(NEOX_SMALL, 32, number)], once)
+
+
 def bench_prefix(options: argparse.Namespace) -> None:
     """A long prompt whose end differs, against its parts."""
     length, short = (128, 32) if options.quick else (1024, 32)
@@ -218,6 +227,7 @@ def print_sharded_run(folder: str) -> None:
 PARTS = {
     "length": bench_length,
     "pairs": bench_pairs,
+    "many": bench_many,
     "processes": bench_processes,
     "prefix": bench_prefix,
 }

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 import zoo
 from atp_fast import Attribution, Engine, PromptPairs, load_model
 from atp_fast.attribution.literal import literal_attribution
+from atp_fast.hf import Plug
 from atp_fast.nodes import Node
 from tokenizers_for_tests import bpe
 
@@ -50,6 +51,36 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def pairs(model: PreTrainedModel) -> PromptPairs:
     return zoo.random_pairs(model, 3, 8, ragged=True, shared_prefix=2)
+
+
+# ---- large vocabularies
+
+
+def test_a_vocabulary_of_262_144(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of logits is 2 MB here: only those that the metric looks at are made."""
+    model = zoo.build("gpt2", vocab_size=2**18)
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(250_000, 2**18, (2, 3, 9), generator=generator).unbind(0)
+    answers, wrong = torch.tensor([250_001, 7, 2**18 - 1]), torch.tensor([2**18 - 2, 250_000, 0])
+    pairs = PromptPairs(clean, corrupted, answers, wrong)
+    made: list[int] = []
+    own = Plug.logits
+
+    def counted(plug: Plug, x: Tensor) -> Tensor:
+        logits = own(plug, x)
+        made.append(logits.shape[:-1].numel())
+        return logits
+
+    monkeypatch.setattr(Plug, "logits", counted)
+    engine = Engine(model)
+    for metric in ("logit_diff", "nll", "prob_diff", "kl"):
+        made.clear()
+        found = engine.attribute(pairs, metric, nodes=KINDS, progress=False)
+        exact = engine.patch(pairs, found.top(5), metric, progress=False)
+        assert max(made) <= 5 * len(pairs)  # a row for every patched node
+        contribution, _, _ = literal_attribution(model, pairs, metric, "atp*", KINDS)
+        assert_same(found.contribution, contribution, 1e-9)
+        assert (exact.effect != 0).any()
 
 
 # ---- modes of torch
