@@ -19,7 +19,7 @@ from atp_fast.attribution.precision import check_precision
 from atp_fast.attribution.question import Question, check_method
 from atp_fast.attribution.runs import shared_start
 from atp_fast.attribution.scores import Scores
-from atp_fast.attribution.sweep import sweep
+from atp_fast.attribution.sweep import key_fixed, sweep
 from atp_fast.attribution.tape import check_walk
 from atp_fast.hf import Plug, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
@@ -291,6 +291,7 @@ class Engine:
             logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
             precision=self.precision,
             spans=pairs.spans is not None,
+            statistics=key_fixed(scores.method, scores.space.kinds),
         )
         budget = budget_for(self.plug, self._asked_budget)
         together = metric.all_pairs_at_once

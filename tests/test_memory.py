@@ -283,7 +283,7 @@ def test_many_pairs_keep_to_the_budget_of_patching() -> None:
 
 @PEAKS
 @pytest.mark.parametrize("name", CASES)
-def test_estimates_are_within_30_percent_of_measured_peaks(name: str) -> None:
+def test_estimates_are_within_15_percent_of_measured_peaks(name: str) -> None:
     """And patching keeps to its budget."""
     plans = []
     for case, found in zip(CASES[name], measured(name, CASES[name]), strict=True):
@@ -295,7 +295,7 @@ def test_estimates_are_within_30_percent_of_measured_peaks(name: str) -> None:
             continue
         plans.append(tuple(found["plan"]))
         assert found["peak"] > 5e7
-        assert 0.7 <= found["estimate"] / found["peak"] <= 1.3, (case, found)
+        assert 0.85 <= found["estimate"] / found["peak"] <= 1.15, (case, found)
         assert found["estimate"] <= budget or case["budget"] == 1
     assert len(set(plans)) >= len(plans) - 1
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from atp_fast.attribution.measured import measured_layers
 from atp_fast.hf import Plug
 
 _UNITS = {
@@ -113,20 +114,23 @@ class SweepSize(NamedTuple):
     spans: bool = (
         False  # effects are kept per cotangent until they are summed over a span's positions
     )
+    statistics: bool = False  # attention notes those of the key fix
 
 
 class Costs(NamedTuple):
     """Bytes, per pair and position unless said otherwise."""
 
     stored: int  # both runs' layer inputs
-    tape: int  # what autograd keeps of one layer, the node values of both runs, the layer's outputs
+    forward: int  # the worst moment of a layer's forward
+    tape: int  # what a layer's tape holds, and the node values of the corrupted run
     twin: int  # what a tape keeps of the corrupted prompt, where both ran in one batch
-    found: int  # of the layer at work: one copy of its node values
-    summed: int  # the same with spans: neurons' effects while they are summed
+    statistics: int  # what a tape holds of the key fix
+    summed: int  # with spans: neurons' effects while they are summed
     carried: int  # one cotangent: of a layer's output, and of its input
-    mlp: int  # one cotangent on its way through the MLP: a gradient per activation that autograd keeps, and one more
-    attention: int  # one on its way through the attention: neurons' gradient, z's, and those of q, k, v twice
+    output: int  # one cotangent on its way from the layer's output to z
+    attention: int  # one on its way through the attention, and on to the layer's input
     prefix: int  # per prefix position: keys and values of all layers, and those of the layer at work, of both runs
+    taped_prefix: int  # per prefix position and tape: keys and values ahead of its own
     prefix_gradient: int  # per prefix position: one cotangent of keys and values
     logits: int  # per logit position: logits, their copy in the user's columns, the metric's own work, gradients
     signed: int  # one cotangent's effects of the widest kind, and their copy where they count
@@ -135,22 +139,29 @@ class Costs(NamedTuple):
 
 def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
     found, item, layers = plug.inspection, plug.itemsize, len(plug.layers)
+    layer = measured_layers(plug)
     hidden = found.hidden
     heads = found.heads * (found.head_dim + found.v_dim)  # q and z
     kv_heads = found.kv_heads * (found.head_dim + found.v_dim)  # k and v
-    neurons = found.neurons if "neuron" in kinds else 0
+    neurons, given = found.neurons, layer.given
+    held = layer.tape + layer.neurons
+    if "neuron" not in kinds:
+        neurons, given, held = 0, given - item * neurons, layer.tape
     writes = hidden * sum(kind in kinds for kind in ("attn_out", "mlp_out"))
     values = heads + kv_heads + neurons + writes
+    gradients = item * (heads // 2 + kv_heads)  # of q, k and v
     return Costs(
         stored=item * 2 * (layers + 1) * hidden,
-        tape=found.tape_bytes + item * (2 * values + 2 * hidden),
-        twin=found.tape_bytes,
-        found=item * values,
+        forward=layer.forward,
+        tape=held + item * values,
+        twin=held,
+        statistics=layer.statistics,
         summed=item * 5 * neurons,
         carried=item * 2 * hidden,
-        mlp=found.tape_bytes + item * found.neurons,
-        attention=item * (neurons + heads // 2 + (heads + 2 * kv_heads) + hidden),
+        output=layer.output,
+        attention=given + gradients + layer.input,
         prefix=item * kv_heads * (layers + 3),
+        taped_prefix=item * kv_heads,
         prefix_gradient=item * 2 * kv_heads,
         logits=item * 6 * plug.vocabulary,
         signed=2 * item * max(found.heads, neurons),
@@ -161,21 +172,29 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
 def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
     """Bytes that a sweep under this plan takes at its peak, beside the model and the scores.
 
-    The largest of: the metric's logits with all kept tapes, and every layer at work with the tapes kept below it.
-    Not counted: attention matrices of the reference backend, and freed blocks that the C library holds on to.
+    The largest of: a layer's forward, the metric's logits with all kept tapes, and every layer at work with the tapes kept
+    below it. Not counted: attention matrices of the reference backend, and freed blocks that the C library holds on to.
     """
     cost, layers, pairs = costs(plug, size.kinds), len(plug.layers), plan.pairs
-    always = pairs * (size.positions * cost.stored + size.prefix * cost.prefix)
+    rows = pairs * size.positions
+    always = rows * cost.stored + pairs * size.prefix * cost.prefix
     each = cost.tape + (cost.twin if plan.together else 0)
-    tape = pairs * size.positions * each + (cost.narrow if size.precision == "bf16" else 0)
-    peak = always + (layers - plan.taped_from) * tape + pairs * size.logits * cost.logits
+    each += cost.statistics if size.statistics else 0
+    tape = rows * each + pairs * size.prefix * cost.taped_prefix
+    tape += cost.narrow if size.precision == "bf16" else 0
+    taped = layers - plan.taped_from
+    together = plan.taped_from > 0 or plan.together
+    peak = always + max(
+        2 * rows * cost.forward if together else 0, taped * tape + rows * cost.forward
+    )
+    peak = max(peak, always + taped * tape + pairs * size.logits * cost.logits)
     for layer in range(layers):
         tapes = 1 + max(0, layer - plan.taped_from)
         cotangents = min(size.cotangents, layers - layer)
         chunk = min(plan.chunk, cotangents)
         # effects are added to the scores in place, but for those that are summed over spans first
-        found = cost.found + (cost.summed + chunk * cost.signed if size.spans else 0)
-        work = size.positions * (found + chunk * max(cost.mlp, cost.attention))
+        found = cost.summed + chunk * cost.signed if size.spans else 0
+        work = size.positions * (found + chunk * max(cost.output, cost.attention))
         work += size.positions * cotangents * cost.carried
         work += size.prefix * chunk * cost.prefix_gradient
         peak = max(peak, always + tapes * tape + pairs * work)
@@ -263,19 +282,22 @@ def stored_pairs(plug: Plug, room: int, positions: int, kinds: Sequence[str]) ->
     return max(1, room // (plug.itemsize * position * positions))
 
 
-def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
-    """Rows of exact patching run at once in `room` bytes, at least one.
+def patched_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:
+    """Bytes of one row of exact patching at its peak.
 
-    positions: of each row, that are run; prefix: positions before them, whose keys and values every row gets a copy of;
+    positions: of the row, that are run; prefix: positions before them, whose keys and values every row gets a copy of;
     logits: positions at which the metric looks.
     """
-    found = plug.inspection
-    heads = found.heads * (found.head_dim + found.v_dim)
+    found, item = plug.inspection, plug.itemsize
     kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
-    # q, k, v, z stay until the layer's end; more than four activations of an MLP are seldom alive, and one is a patched copy
-    layer = 4 * found.hidden + heads + kv_heads + max(heads + kv_heads, 5 * found.neurons)
+    # a layer's forward, its input and that with a patch, and a patched copy of its widest values
+    widest = max(found.neurons, found.heads * max(found.head_dim, found.v_dim))
+    layer = measured_layers(plug).forward + item * (2 * found.hidden + widest)
     keys_values = 2 * kv_heads  # the prefix, and the prefix with the row's own
-    row = positions * layer + prefix * keys_values + logits * 6 * plug.vocabulary
-    return max(
-        1, min(-(-_rows_enough(plug, _ROWS_ENOUGH) // positions), room // (plug.itemsize * row))
-    )
+    return positions * layer + item * (prefix * keys_values + logits * 6 * plug.vocabulary)
+
+
+def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
+    """Rows of exact patching run at once in `room` bytes, at least one; the rest as `patched_row` has it."""
+    enough = -(-_rows_enough(plug, _ROWS_ENOUGH) // positions)
+    return max(1, min(enough, room // patched_row(plug, positions, prefix, logits)))

@@ -9,13 +9,14 @@ z, one op takes them through the attention with every QK-fixed effect, and autog
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from atp_fast import ops
 from atp_fast.attribution.memory import SweepPlan
+from atp_fast.attribution.question import Method
 from atp_fast.attribution.runs import (
     PairRuns,
     both_logits,
@@ -46,7 +47,7 @@ def sweep(
     The plan's cotangents per chunk are halved when memory runs out.
     """
     kinds = scores.space.kinds
-    fixed = scores.method.qk_fix and bool({"q", "k"} & set(kinds))
+    fixed = key_fixed(scores.method, kinds)
     runs = run_pairs(plug, pairs, kinds, plan=plan, statistics=fixed)
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
     cotangents = cotangent[None]
@@ -80,6 +81,11 @@ def sweep(
                     )
         advance()
     return clean_value, corrupted_value
+
+
+def key_fixed(method: Method, kinds: Sequence[str]) -> bool:
+    """Whether queries or keys are scored with the softmax recomputed."""
+    return method.qk_fix and bool({"q", "k"} & set(kinds))
 
 
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +188,7 @@ class _Layer:
         assert run.stats is not None and run.options is not None
         q, k, v = run.q.detach(), run.k.detach(), run.v.detach()
         options = run.options._asdict()
-        if not (self.method.qk_fix and {"q", "k"} & set(self.kinds)):
+        if not key_fixed(self.method, self.kinds):
             grads = ops.attention_vjp(
                 q, k, v, stats=run.stats, grad_z=grad_z, backend=backend, **options
             )
