@@ -37,11 +37,11 @@ class LayerBytes(NamedTuple):
     input: int
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, counts the bytes of the storages that are made: alive now, and at the worst moment since `mark`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, int] = {}
         self.now = self._peak = self._marked = 0
 
