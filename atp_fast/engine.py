@@ -252,7 +252,6 @@ class Engine:
         space = self.plug.space(pairs.width, kinds)
         for node in distinct:
             space.check(node)
-            self.plug.check_node(node)
         numbers = None
         if sets is not None:
             place = {node: i for i, node in enumerate(distinct)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 KINDS = ("q", "k", "v", "z", "neuron", "attn_out", "mlp_out", "resid_pre")
@@ -31,17 +34,37 @@ class NodeSpace:
     """All nodes of a model on prompts of one length, numbered kind by kind.
 
     widths maps each kind, in order, to the nodes it has per layer and position: heads,
-    key/value heads, neurons, or 1. Flat numbers run over (kind, layer, position, index).
+    key/value heads, neurons, or 1; counts: the same layer by layer, for kinds whose layers differ (0: a layer without
+    them), the largest of which is the width. Tables have room for the width in every layer, zeros where a layer has
+    fewer. Flat numbers run over (kind, layer, position, index) of the nodes that there are.
     """
 
     layers: int
     positions: int
     widths: Mapping[str, int]
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.widths if kind not in KINDS]
         if unknown:
             raise ValueError(f"nodes must be among {', '.join(KINDS)}, got {unknown[0]!r}")
+        for kind, counts in self.counts.items():
+            if len(counts) != self.layers or max(counts) != self.widths.get(kind):
+                raise ValueError(
+                    f"counts of {kind!r} must be one for each of {self.layers} layers, the largest "
+                    f"{self.widths.get(kind)}, got {list(counts)}"
+                )
+
+    def in_layers(self, kind: str) -> Sequence[int]:
+        """Nodes per position of one kind, for each layer."""
+        layers, _, width = self.shape(kind)
+        return self.counts.get(kind, (width,) * layers)
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """Flat number of the first node of each kind's layers, one after the other, and of none at the end."""
+        counts = (n for kind in self.widths for n in self.in_layers(kind))
+        return [0, *accumulate(self.positions * n for n in counts)]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -54,42 +77,48 @@ class NodeSpace:
         return self.layers, self.positions, self.widths[kind]
 
     def size(self, kind: str) -> int:
-        layers, positions, width = self.shape(kind)
-        return layers * positions * width
+        return self.positions * sum(self.in_layers(kind))
 
     def __len__(self) -> int:
-        return sum(self.size(kind) for kind in self.widths)
+        return self._starts[-1]
 
     def offset(self, kind: str) -> int:
         """Flat number of the kind's first node."""
         self.shape(kind)
-        return sum(self.size(k) for k in self.kinds[: self.kinds.index(kind)])
+        return self._starts[self.kinds.index(kind) * self.layers]
 
     def flat(self, node: Node) -> int:
         """Number of a node; ValueError if the node lies outside this space."""
         self.check(node)
-        width = self.widths[node.kind]
-        within = (node.layer * self.positions + node.position) * width + node.index
-        return self.offset(node.kind) + within
+        start = self._starts[self.kinds.index(node.kind) * self.layers + node.layer]
+        return start + node.position * self.in_layers(node.kind)[node.layer] + node.index
 
     def node(self, flat: int) -> Node:
         """The node of a flat number."""
         if not 0 <= flat < len(self):
             raise ValueError(f"flat must be in [0, {len(self)}), got {flat}")
-        for kind, width in self.widths.items():
-            if flat < self.size(kind):
-                row, index = divmod(flat, width)
-                layer, position = divmod(row, self.positions)
-                return Node(kind, layer, position, index)
-            flat -= self.size(kind)
-        raise AssertionError("unreachable: flat was checked against the size")
+        row = (
+            bisect_right(self._starts, flat) - 1
+        )  # the last of several that start there is not empty
+        number, layer = divmod(row, self.layers)
+        kind = self.kinds[number]
+        position, index = divmod(flat - self._starts[row], self.in_layers(kind)[layer])
+        return Node(kind, layer, position, index)
 
     def check(self, node: Node) -> None:
         """ValueError, naming the field and its range, if the node lies outside this space."""
-        shape = self.shape(node.kind)
-        for name, value, limit in zip(("layer", "position", "index"), node[1:], shape, strict=True):
+        layers, positions, _ = self.shape(node.kind)
+        for name, value, limit in (
+            ("layer", node.layer, layers),
+            ("position", node.position, positions),
+        ):
             if not 0 <= value < limit:
                 raise ValueError(f"{name} of {node} must be in [0, {limit}), got {value}")
+        limit = self.in_layers(node.kind)[node.layer]
+        if limit == 0:
+            raise ValueError(f"layer {node.layer} has no nodes {node.kind!r}, got {node}")
+        if not 0 <= node.index < limit:
+            raise ValueError(f"index of {node} must be in [0, {limit}), got {node.index}")
 
     def __iter__(self) -> Iterator[Node]:
         return (self.node(i) for i in range(len(self)))

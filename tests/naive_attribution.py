@@ -97,8 +97,11 @@ def _of_pair(
                     of_layers.append(product.sum(-1).T)
                 else:
                     of_layers.append(product if kind == "neuron" else product.sum(-1, keepdim=True))
-            some = next(x for x in of_layers if x is not None)
-            found[kind] = torch.stack([some * 0 if x is None else x for x in of_layers])
+            width = max(x.shape[1] for x in of_layers if x is not None)
+            found[kind] = torch.zeros(layers, pair.clean_ids.shape[1], width, dtype=value.dtype)
+            for row, x in zip(found[kind], of_layers, strict=True):
+                if x is not None:
+                    row[:, : x.shape[1]] = x
         return found
 
     return effects(None), [effects(layer) for layer in range(layers)] if graddrop else []

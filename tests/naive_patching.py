@@ -6,6 +6,7 @@ in a table, and attention is written out in the dtype of its input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -23,8 +24,9 @@ from atp_fast.prompts.pairs import PromptPairs
 
 _LLAMA = ("self_attn", "mlp", "mlp.down_proj")
 _NORMED = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj")
-# modules of a layer: what attention and MLP add to the residual stream, and the down projection
-PARTS: dict[str, tuple[str, str, str]] = {
+# modules of a layer: what attention (the first of several that it has) and MLP add to the residual stream, and the down
+# projection (None: the first of _DOWN that the layer has)
+PARTS: dict[str, tuple[str, str, str | None]] = {
     "gpt2": ("attn", "mlp", "mlp.c_proj"),
     "gpt_neox": ("attention", "mlp", "mlp.dense_4h_to_h"),
     "llama": _LLAMA,
@@ -38,10 +40,16 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "olmo2": _NORMED,
     "gpt_oss": ("self_attn", "mlp", ""),
     "mixtral": ("self_attn", "mlp", ""),
+    "minicpm3": _LLAMA,
+    "beam": _NORMED,
+    "gemma4_text": _NORMED,
+    "falcon_h1": ("self_attn", "feed_forward", "feed_forward.down_proj"),
+    "granitemoehybrid": ("mamba self_attn", "block_sparse_moe", ""),
+    "nemotron_h": ("mixer", "mixer", None),
 }
 
 # the first of these that a layer has is its down projection, where PARTS has no row
-_DOWN = """output.adapter_modules.en_XX.dense2 mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 mlp_block.down_proj ffn.down_proj
+_DOWN = """output.adapter_modules.en_XX.dense2 mlp.down_proj mlp.c_proj mlp.fc2 mlp.fc_out mlp.fc_in mlp.dense_4h_to_h mlp.w2 mlp.wo mlp.Wo mlp.proj_2 mlp_block.down_proj ffn.down_proj mixer.down_proj
 ffn.2 feed_forward.w2 feed_forward.down_proj feed_forward.output_dense fc2 output.dense""".split()
 
 
@@ -103,6 +111,14 @@ OWN: dict[str, Own] = {
     "mpt": _fused("attn", "Wqkv", "out_proj", _q_k_v),
     **dict.fromkeys(("xglm", "trocr", "mvp"), _BART),
     **dict.fromkeys(("megatron-bert", "rembert", "roformer", "big_bird"), _BERT),
+}
+
+# what layers multiply their input with on its way past their writes, where that is not 1
+SKIPS: dict[str, Callable[[Any], float]] = {
+    "beam": lambda layer: math.sqrt(
+        math.prod(1 - 1 / i for i in (layer.attn_residual_add_idx, layer.mlp_residual_add_idx))
+    ),
+    "gemma4_text": lambda layer: float(layer.layer_scalar),
 }
 
 Change = Callable[[str, int, Tensor], Tensor]
@@ -173,8 +189,8 @@ def _patch(
     return change
 
 
-def _down_of(layers: Sequence[nn.Module]) -> str:
-    names = set.intersection(*({name for name, _ in layer.named_modules()} for layer in layers))
+def _down_of(layer: nn.Module) -> str:
+    names = {name for name, _ in layer.named_modules()}
     return next((name for name in _DOWN if name in names), "")
 
 
@@ -190,7 +206,8 @@ class _Hooked:
         self.number = {m: i for i, layer in enumerate(self.layers) for m in layer.modules()}
         self.own = OWN.get(config.model_type)
         self.heads: int = 0 if self.own is None else config.num_attention_heads
-        self.parts = PARTS.get(config.model_type) or ("", "", _down_of(self.layers))
+        self.parts = PARTS.get(config.model_type) or ("", "", None)
+        self.skip = SKIPS.get(config.model_type, lambda layer: 1.0)
         self.dropped: int | None = None
         self.inputs: dict[int, Tensor] = {}
         self.rows = 0
@@ -228,14 +245,14 @@ class _Hooked:
         return logits
 
     def _hooks(self) -> Iterator[Any]:
-        attention, mlp, down = self.parts
+        attention, mlp, down_of_all = self.parts
         for number, layer in enumerate(self.layers):
             hook = self._input_hook("resid_pre", number)
             yield layer.register_forward_pre_hook(hook, with_kwargs=True)
             yield layer.register_forward_hook(self._drop_hook(number))
             for kind, name in (("attn_out", attention), ("mlp_out", mlp)):
-                if name:
-                    module = layer.get_submodule(name)
+                module = next((m for n in name.split() if (m := getattr(layer, n, None))), None)
+                if module is not None:
                     yield module.register_forward_hook(self._output_hook(kind, number))
             if self.own is not None:
                 for which, kind in enumerate("qkv"):
@@ -244,6 +261,7 @@ class _Hooked:
                 hook = self._z_hook(number)
                 yield layer.get_submodule(self.own.z).register_forward_pre_hook(hook)
             experts = self._mixture(layer)
+            down = _down_of(layer) if down_of_all is None else down_of_all
             if experts is not None:
                 self.number[experts] = number
                 yield _Replaced(experts, self._experts)
@@ -272,7 +290,8 @@ class _Hooked:
             if self.dropped != layer:
                 return output
             before, after = self.inputs[layer], output[0] if isinstance(output, tuple) else output
-            held = before + (after - before).detach()
+            past = before * self.skip(self.layers[layer])
+            held = past + (after - past).detach()
             return (held, *output[1:]) if isinstance(output, tuple) else held
 
         return hook

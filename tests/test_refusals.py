@@ -253,7 +253,7 @@ def test_a_layer_without_attention(without: int) -> None:
     effects = engine.patch(pairs, nodes, "nll", progress=False).effect
     right, _ = naive_effects(model, pairs, [[node] for node in nodes], resolve("nll", pairs))
     assert (effects - right).abs().max() <= 1e-9 * right.abs().max()
-    reason = f"layer {without} of LlamaForCausalLM has no attention, got Node"
+    reason = f"layer {without} has no nodes 'z', got Node"
     with pytest.raises(ValueError, match=reason):
         engine.patch(pairs, [Node("z", without, 4, 0)])
 

@@ -54,6 +54,7 @@ SIZES: dict[str, Any] = {
     "linear_num_heads": 4,
     "mamba_d_state": 8,
     "mamba_dt_rank": 4,
+    "mamba_chunk_size": 16,
     "use_mamba_kernels": False,
 }
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -135,7 +136,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 48,
     },
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "gemma4_text gemma4_unified_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16},
     "lfm2_moe": {"layer_types": ["full_attention"] * 3, "num_dense_layers": 1},
     "dots1": {"n_shared_experts": 1},
     "qwen2_moe": {"use_sliding_window": False},

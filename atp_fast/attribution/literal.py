@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -381,7 +382,10 @@ def _batch_effects(
     def stacked(scores: Mapping[tuple[str, int], Tensor]) -> Scores:
         found = {}
         for kind in kinds:
-            x = torch.stack([scores[kind, layer] for layer in range(len(layers))], 2)
+            of_layers = [scores[kind, layer] for layer in range(len(layers))]
+            width = max(x.shape[-1] for x in of_layers)  # a layer with fewer nodes has zeros
+            of_layers = [F.pad(x, (0, width - x.shape[-1])) for x in of_layers]
+            x = torch.stack(of_layers, 2)
             found[kind] = (x if pairs.spans is not None else _own_columns(x, pairs)).transpose(1, 2)
         return found
 

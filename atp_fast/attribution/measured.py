@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atp_fast.attribution.tape import LayerTape, first_of_each_kind
+from atp_fast.attribution.tape import LayerTape
 from atp_fast.hf import LayerArguments, LayerRun, Plug
 from atp_fast.nodes import ATTENTION_KINDS, NODE_KINDS
 
@@ -97,7 +97,7 @@ def measure_layers(plug: Plug) -> LayerBytes:
     found = []
     with plug.plugged():
         short, long = plug.enter(ids[:, :few]), plug.enter(ids)
-        for number in first_of_each_kind(plug):
+        for number in plug.first_of_each_kind:
             rows = [_measure(plug, number, x, given[number]) for x, given in (short, long)]
             found.append([max(0, m - f) // (many - few) for f, m in zip(*rows, strict=True)])
     return LayerBytes(*(max(column) for column in zip(*found, strict=True)))

@@ -116,16 +116,17 @@ class Scores:
             columns, starts = slice(None), place.columns
         else:
             columns, starts = place.columns, None
+        own = slice(self.space.in_layers(kind)[layer])
         ops.add_effects(
             grad,
             weights=self.weights(kind, layer, first, len(grad)),
-            score=self.score[kind][layer, columns],
-            effect=self.effect[kind][layer, columns] if first == 0 else None,
+            score=self.score[kind][layer, columns, own],
+            effect=self.effect[kind][layer, columns, own] if first == 0 else None,
             clean=clean,
             corrupted=corrupted,
             live=place.live,
             first=starts,
-            per_pair=self.per_pair[kind][:, layer, columns] if self.per_pair else None,
+            per_pair=self.per_pair[kind][:, layer, columns, own] if self.per_pair else None,
             rows=place.rows if self.per_pair else None,
             pair_signed=not self.method.graddrop,
             backend=backend,

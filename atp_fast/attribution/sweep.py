@@ -128,6 +128,7 @@ class _Layer:
         self.place, self.spans, self.added = place, spans, added
         self.kinds, self.method = scores.space.kinds, scores.method
         self.start, self.prefix = runs.start, runs.prefixes[number]
+        self.skip = plug.layers[number].skip
         kept = runs.tapes.pop(number, None)
         if kept is None:
             tape = taped(plug, runs, number, self.kinds, plan.precision)
@@ -147,7 +148,7 @@ class _Layer:
         if inputs is None:
             return cotangents
         if self.method.graddrop:
-            inputs.append(cotangents[:1])
+            inputs.append(cotangents[:1] * self.skip if self.skip != 1 else cotangents[:1])
         joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         if "resid_pre" in self.kinds:
             self._first_order("resid_pre", joined, 0)
@@ -156,7 +157,9 @@ class _Layer:
     def _through(self, cotangents: Tensor, first: int, inputs: list[Tensor] | None) -> None:
         """A chunk of cotangents, the first of which is number `first`; those of the layer's input join `inputs`."""
         tape, run = self.tape, self.tape.run
-        inner = [kind for kind in ("neuron", "attn_out", "mlp_out") if kind in self.kinds]
+        inner = [
+            k for k in ("neuron", "attn_out", "mlp_out") if k in self.kinds and k in tape.values
+        ]
         ends = [] if inputs is None else [tape.x]
         if run.q is None or run.z is None:  # a layer without attention
             wanted = [*(tape.values[kind] for kind in inner), *ends]

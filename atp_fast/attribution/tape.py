@@ -74,20 +74,12 @@ class LayerTape:
         return Adjoint(values, [self.x])(list(grads.values()), [ahead])[0]
 
 
-def first_of_each_kind(plug: Plug) -> list[int]:
-    """Of every kind of layer, told apart by their modules' classes, the lowest."""
-    firsts: dict[tuple[type, ...], int] = {}
-    for number, layer in enumerate(plug.layers):
-        firsts.setdefault(tuple(type(module) for module in layer.module.modules()), number)
-    return sorted(firsts.values())
-
-
 def check_walk(plug: Plug) -> None:
     """NotImplementedError where cotangents that walk a layer's graph end in other gradients than autograd's own pass.
 
     Every kind of layer is tried once, on a few tokens.
     """
-    tried = first_of_each_kind(plug)
+    tried = set(plug.first_of_each_kind)
     generator = torch.Generator().manual_seed(0)
     with plug.plugged():
         x, arguments = plug.enter(plug.short_prompt())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -22,6 +24,7 @@ _POSITIONS = (
     "rotary"  # modules that give tables of positions, through which no gradient flows in any model
 )
 _MIXTURE_NAMES = ("expert", "moe", "router")
+_ROUNDINGS = 8  # of the numbers that a sum is made of
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Layer:
 
     module: nn.Module
     outputs: int = 0  # so many that it returns in a tuple; 0: hidden states alone
+    skip: float = 1.0  # what its input is multiplied with on its way past the layer's writes
     attention: nn.Module | None = None  # None: the layer mixes positions in another way
     down: nn.Module | None = None  # its input is the neurons
     attn_write: nn.Module | None = None
@@ -41,7 +45,11 @@ class Layer:
 
 @dataclass
 class Inspection:
-    """Whether atp_fast serves a model, and its shape; `refused` says per node kind why it cannot be had."""
+    """Whether atp_fast serves a model, and its shape; `refused` says per node kind why it cannot be had.
+
+    Where layers differ, heads, dimensions and neurons are the largest, and `counts` has the nodes per position layer by layer,
+    by kind.
+    """
 
     served: bool
     reason: str | None = None
@@ -56,6 +64,7 @@ class Inspection:
     tape_bytes: int = 0  # what autograd keeps of one layer, per position
     context: int | None = None
     windows: tuple[int | None, ...] = ()
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -130,87 +139,144 @@ def find_down_projection(
     x: Tensor,
     mixtures: Sequence[Mixture],
 ) -> int:
-    """Note the module whose input is the layer's neurons, and return how many there are.
+    """Note the module whose input is the layer's neurons, and return how many there are: 0 in a layer without an MLP.
 
     It is the last linear map outside attention that ends in the residual stream's width, or the experts of a mixture (see
-    hf/experts.py; shared experts beside them are no nodes). Raises NotImplementedError where there is no such map, and for
-    experts that do not go through transformers' experts interface, once for all of the layer's input x.
+    hf/experts.py; shared experts beside them are no nodes). Raises NotImplementedError for experts that do not go through
+    transformers' experts interface, once for all of the layer's input x, and for an MLP with more than one such map.
     """
     hidden = x.shape[-1]
-    mixture = [m for m in layer.module.modules() if _is_mixture(m)]
     if len(mixtures) == 1 and mixtures[0].tokens == x[..., 0].numel():
         return mixtures[0].neurons
-    if mixture:
-        raise NotImplementedError(f"is a mixture of experts ({type(mixture[0]).__name__})")
     inside = set() if attention is None else set(attention.modules())
     linear = [
         call
         for call in calls
         if call.module not in inside and _is_linear(call.module) and call.output.shape[-1] == hidden
     ]
-    if not linear or not _by_position(layer.module, linear[-1].module, calls):
-        raise NotImplementedError("has no down projection")
-    layer.down = linear[-1].module
-    return linear[-1].input.shape[-1]
+    last = linear[-1] if linear else None
+    kind = "no MLP" if last is None else _kind_of_part(layer.module, last.module, calls)
+    if kind != "MLP" and (mixture := _mixture_in(layer.module)) is not None:
+        raise NotImplementedError(f"is a mixture of experts ({type(mixture).__name__})")
+    if kind == "more":
+        raise NotImplementedError("has an MLP with more than one down projection")
+    if last is None or kind == "no MLP":
+        return 0
+    layer.down = last.module
+    return last.input.shape[-1]
 
 
-def _by_position(layer: nn.Module, down: nn.Module, calls: list[Call]) -> bool:
-    """Whether the part of a layer with its last linear map is an MLP: what goes in backwards comes out backwards.
-
-    The output projection of a state-space layer is no down projection.
+def _kind_of_part(layer: nn.Module, down: nn.Module, calls: list[Call]) -> str:
+    """What the part of a layer with its last linear map is: an "MLP", all of which goes through that map; "more", of which
+    some does not; "no MLP", a state-space layer, say, whose output projection that is; "unknown" where it cannot be tried.
     """
     part = next(child for child in layer.children() if down in set(child.modules()))
     call = next((call for call in calls if call.module is part), None)
-    if call is None:
-        return True
+    by_position = None if call is None else _is_by_position(call)
+    if call is None or by_position is None:
+        return "unknown"
+    if not by_position:
+        return "no MLP"
+    without = down.register_forward_hook(lambda module, args, output: output * 0)
     try:
         with torch.no_grad():
-            backwards = first_tensor(part(call.input.flip(-2))).flip(-2)
-    except (
-        TypeError,
-        RuntimeError,
-    ):  # it wants more than hidden states, as no mixer of positions does
-        return True
-    return torch.allclose(
-        backwards, call.output, rtol=1e-2, atol=1e-2 * float(call.output.abs().max())
-    )
+            rest = first_tensor(part(call.input))
+    finally:
+        without.remove()
+    rows = rest.reshape(-1, rest.shape[-1])
+    return "MLP" if _alike(rows, rows[:1].expand_as(rows), call.output) else "more"
+
+
+def _is_by_position(call: Call) -> bool | None:
+    """Whether a module gives backwards what it is given backwards, as an MLP does; None where it takes more than that."""
+    try:
+        with torch.no_grad():
+            backwards = first_tensor(call.module(call.input.flip(-2))).flip(-2)
+    except (TypeError, RuntimeError):  # as no mixer of positions does
+        return None
+    return _alike(backwards, call.output, call.output)
+
+
+def _alike(found: Tensor, right: Tensor, scale: Tensor) -> bool:
+    return torch.allclose(found, right, rtol=1e-2, atol=1e-2 * float(scale.abs().max()))
 
 
 def find_writes(
-    layer: Layer,
-    calls: list[Call],
-    attention: nn.Module | None,
-    x: Tensor,
-    out: Tensor,
-    scale: float,
-) -> None:
-    """Note the two modules whose outputs, times `scale`, the layer adds to its input x to make its output, but for a constant.
+    layer: Layer, calls: list[Call], attention: nn.Module | None, x: Tensor, out: Tensor, mlp: bool
+) -> dict[str, str]:
+    """Note the modules whose outputs, each times a number, the layer adds to its input x to make its output; returns why a
+    kind of write cannot be had, by kind.
 
-    Of all pairs of the layer's own parts (of all its modules, where no pair of parts does) the one that adds up best is
-    taken; in order, so that a dropout after a write, which changes nothing, is not taken for it. Raises
-    NotImplementedError where none adds up to rounding.
+    out = skip * x + the sum of number * write, but for a constant. There are two writes, or one in a layer that is only a
+    mixer or only an MLP (mlp: it has neurons), or three. Of the layer's own parts (of all its modules, where none of them do)
+    those are taken that add up best. Raises NotImplementedError where none add up to rounding.
     """
-    added = out.double() - x.double()
     own = {*layer.module.children(), attention}
-    for parts in (own, set(layer.module.modules())):
-        writes = [
-            (call.module, scale * call.output.double().reshape(x.shape))
-            for call in calls
-            if call.module in parts and call.output.numel() == x.numel()
-        ]
-        best = 8 * torch.finfo(out.dtype).eps * float(out.abs().max())
-        for i, (first, a) in enumerate(writes):
-            for second, b in writes[i + 1 :]:
-                more = a + b - added
-                error = float((more - more[:, :1]).abs().max())
+    every = set(layer.module.modules())
+    for count, parts in ((2, own), (1, own), (3, own), (2, every), (1, every)):
+        if count == 1 and attention is not None and mlp:
+            continue
+        given = [c for c in calls if c.module in parts and c.output.numel() == x.numel()]
+        for skips in (False, True):
+            best, chosen = _ROUNDINGS, None
+            for some in itertools.combinations(given, count):
+                error, skip = _adds_up([c.output.reshape(x.shape) for c in some], x, out, skips)
+                # in order: a dropout after a write, which changes nothing, is not taken for it
                 if error < best:
-                    best = error
-                    layer.attn_write, layer.mlp_write = first, second
-        if layer.attn_write is not None:
-            return
+                    best, chosen, layer.skip = error / 2, some, skip
+            if chosen is not None:
+                return _name_writes(layer, chosen, attention, mlp)
     raise NotImplementedError(
         f"does not add an attention write and an MLP write to its input{hooked(layer.module)}"
     )
+
+
+def _adds_up(writes: Sequence[Tensor], x: Tensor, out: Tensor, skips: bool) -> tuple[float, float]:
+    """How far, in roundings, out is from skip * x + numbers * writes + a constant, and the skip, which is 1 unless `skips`.
+
+    Infinitely far where it goes without one of the writes.
+    """
+    terms = torch.stack([x, *writes, out]).double()
+    unit = torch.finfo(out.dtype).eps * terms.abs().sum(0)
+    unit = (unit + unit[:, :1]).clamp(min=torch.finfo(out.dtype).tiny)
+    *rows, rest = ((terms - terms[:, :, :1]) / unit).flatten(1)
+    if not skips:
+        rest = rest - rows.pop(0)
+    free = torch.stack(list(rows))
+    inverse = torch.linalg.pinv(free @ free.T, hermitian=True)
+    numbers = torch.zeros_like(free[:, 0])
+    for _ in range(3):  # what the squared numbers lose in digits comes back
+        step = inverse @ (free @ rest)
+        numbers, rest = numbers + step, rest - step @ free
+    least = float((numbers[:, None] * free).abs().amax(1).min())
+    error = float(rest.abs().max()) if least > _ROUNDINGS else float("inf")
+    return error, float(numbers[0]) if skips else 1.0
+
+
+def _name_writes(
+    layer: Layer, found: Sequence[Call], attention: nn.Module | None, mlp: bool
+) -> dict[str, str]:
+    """See find_writes."""
+    modules = [call.module for call in found]
+    if len(found) == 2:
+        layer.attn_write, layer.mlp_write = modules
+        return {}
+    if len(found) == 1:
+        layer.attn_write, layer.mlp_write = (None, *modules) if mlp else (*modules, None)
+        return {}
+    mixers = [call.module for call in found if _is_by_position(call) is False]
+    mixers += [module for module in modules if module is attention and module not in mixers]
+    others = [module for module in modules if module not in mixers]
+    refused = {}
+    if attention in mixers or len(mixers) == 1:
+        layer.attn_write = attention if attention in mixers else mixers[0]
+    else:
+        refused["attn_out"] = f"adds {len(mixers)} writes of mixers"
+    if len(others) == 1:
+        layer.mlp_write = others[0]
+    else:
+        refused["mlp_out"] = f"adds {len(others)} writes of MLPs"
+    return refused
 
 
 def hooked(module: nn.Module) -> str:
@@ -287,9 +353,18 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
-def _is_mixture(module: nn.Module) -> bool:
-    named = any(part in type(module).__name__.lower() for part in _MIXTURE_NAMES)
-    return named and any(True for _ in module.parameters())
+def _mixture_in(layer: nn.Module) -> nn.Module | None:
+    """A part of a layer that is named for experts, beyond what the names of all its parts begin with."""
+    names = {module: type(module).__name__ for module in layer.modules()}
+    own = [n for m, n in names.items() if type(m).__module__ == type(layer).__module__]
+    start = len(os.path.commonprefix(own))
+    for module, name in names.items():
+        rest = name[start:] if name in own else name
+        if any(part in rest.lower() for part in _MIXTURE_NAMES) and any(
+            True for _ in module.parameters()
+        ):
+            return module
+    return None
 
 
 class FiniteCheck:

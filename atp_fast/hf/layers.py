@@ -155,8 +155,18 @@ class LayeredModel:
 
     @functools.cached_property
     def layer_weights(self) -> int:
-        """Numbers that a layer's parameters hold."""
-        return sum(p.numel() for p in self.layers[0].module.parameters())
+        """Numbers that the parameters of the largest layer hold."""
+        return max(sum(p.numel() for p in layer.module.parameters()) for layer in self.layers)
+
+    @functools.cached_property
+    def first_of_each_kind(self) -> list[int]:
+        """The lowest layer of each kind: of the same modules, with parameters of the same shapes."""
+        firsts: dict[tuple[Any, ...], int] = {}
+        for number, layer in enumerate(self.layers):
+            shapes = (p.shape for p in layer.module.parameters())
+            kind = (*(type(module) for module in layer.module.modules()), *shapes)
+            firsts.setdefault(kind, number)
+        return list(firsts.values())
 
     @functools.cached_property
     def _linears(self) -> list[nn.Module]:

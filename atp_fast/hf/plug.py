@@ -26,7 +26,7 @@ from atp_fast.hf.inspection import (
 )
 from atp_fast.hf.layers import LayerArguments, LayeredModel
 from atp_fast.hf.switching import alone_with
-from atp_fast.nodes import ATTENTION_KINDS, COARSE_KINDS, KINDS, Node, NodeSpace
+from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -139,7 +139,8 @@ class Plug(LayeredModel):
             start, moved = self.enter(ids[:, half:], half)
             self.moves = self.error(start, x[:, half:]) <= self.tolerance(x)
             self._learn_rows(ids[:, half:], half, moved)
-        shapes: set[tuple[int, ...]] = set()
+        shapes: list[tuple[int, ...]] = []
+        counts: list[dict[str, int]] = []
         windows, streams = [], []
         for number, layer in enumerate(self.layers):
             run = LayerRun(backend=self.backend, cut=True)
@@ -163,9 +164,9 @@ class Plug(LayeredModel):
                 self.moves = False  # a layer without attention may carry a state
             else:
                 dim = run.q.shape[3] - run.biased
-                shapes.add((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
+                shapes.append((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
             layer.attention = run.attention_module
-            self._name_parts(number, calls, run, x.detach(), out.detach())
+            counts.append(self._name_parts(number, calls, run, x.detach(), out.detach()))
             if self.moves and run.k is not None and run.v is not None:
                 prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())
                 with torch.no_grad():
@@ -178,13 +179,12 @@ class Plug(LayeredModel):
                 f"{self.name} is not served: no layer computes attention through transformers' attention interface or in its "
                 "own scores"
             )
-        if len(shapes) != 1:
-            raise NotImplementedError(
-                f"{self.name} is not served: its layers have heads of different shapes"
-            )
         found = self.inspection
-        found.heads, found.kv_heads, found.head_dim, found.v_dim = shapes.pop()
+        found.heads, found.kv_heads, found.head_dim, found.v_dim = map(
+            max, zip(*shapes, strict=True)
+        )
         found.hidden, found.windows = x.shape[-1], tuple(windows)
+        self._count(counts)
         self._compare_with_eager(ids, [*streams, x], own)
 
     def _learn_rows(self, ids: Tensor, first: int, one: Sequence[LayerArguments]) -> None:
@@ -209,22 +209,50 @@ class Plug(LayeredModel):
 
     def _name_parts(
         self, number: int, calls: list[Call], run: LayerRun, x: Tensor, out: Tensor
-    ) -> None:
-        """Find the modules of a layer that are nodes; what it lacks is noted as refused, by node kind."""
-        layer, found, attention = self.layers[number], self.inspection, run.attention_module
+    ) -> dict[str, int]:
+        """Find the modules of a layer that are nodes; how many there are of each kind, per position.
+
+        What it lacks is noted as refused, by node kind.
+        """
+        layer, refused, attention = (
+            self.layers[number],
+            self.inspection.refused,
+            run.attention_module,
+        )
         try:
             neurons = find_down_projection(layer, calls, attention, x, run.mixtures)
-            if found.neurons not in (0, neurons):
-                raise NotImplementedError("has another number of neurons than others")
-            found.neurons = neurons
         except NotImplementedError as error:
-            found.refused["neuron"] = f"layer {number} {error}"
+            refused["neuron"] = f"layer {number} {error}"
+            neurons = 1  # so many that they cannot be had
         try:
-            scale = float(getattr(self.model.config, "residual_multiplier", 1.0))
-            find_writes(layer, calls, attention, x, out, scale)
+            lacking = find_writes(layer, calls, attention, x, out, neurons > 0)
         except NotImplementedError as error:
-            why = f"layer {number} {error}"
-            found.refused.update(attn_out=why, mlp_out=why, graddrop=why)
+            lacking = dict.fromkeys(("attn_out", "mlp_out", "graddrop"), str(error))
+        if neurons == 0 and (layer.mlp_write is not None or "mlp_out" in lacking):
+            lacking["neuron"] = "has no down projection"
+        refused.update({kind: f"layer {number} {why}" for kind, why in lacking.items()})
+        heads = 0 if run.q is None else run.q.shape[1]
+        kv_heads = 0 if run.k is None else run.k.shape[1]
+        return {
+            "q": heads,
+            "k": kv_heads,
+            "v": kv_heads,
+            "z": heads,
+            "neuron": neurons,
+            "attn_out": int(layer.attn_write is not None),
+            "mlp_out": int(layer.mlp_write is not None),
+        }
+
+    def _count(self, counts: Sequence[dict[str, int]]) -> None:
+        """Note the nodes of each kind, of each layer where layers differ."""
+        found = self.inspection
+        for kind in counts[0]:
+            of_layers = tuple(count[kind] for count in counts)
+            if not any(of_layers):
+                found.refused.setdefault(kind, "no layer has any")
+            elif len(set(of_layers)) > 1:
+                found.counts[kind] = of_layers
+        found.neurons = max(count["neuron"] for count in counts)
 
     def _compare_with_eager(self, ids: Tensor, streams: Sequence[Tensor], own: Tensor) -> None:
         """Refuse a model that, taken apart, is not what its own eager code computes.
@@ -267,17 +295,20 @@ class Plug(LayeredModel):
     def _check_gradients(self) -> None:
         """See that cotangents get through a layer, and how much autograd keeps of it per position."""
         positions = min(8, self.inspection.context or 8)
-        try:
-            few, many = self._bytes_kept(positions // 2), self._bytes_kept(positions)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise NotImplementedError(
-                f"{self.name} is not served: no gradient flows through its layers (quantised weights?): {reason}"
-            ) from error
-        self.inspection.tape_bytes = (many - few) // max(1, positions - positions // 2)
+        for number in self.first_of_each_kind:
+            try:
+                few = self._bytes_kept(number, positions // 2)
+                many = self._bytes_kept(number, positions)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise NotImplementedError(
+                    f"{self.name} is not served: no gradient flows through its layers (quantised weights?): {reason}"
+                ) from error
+            kept = (many - few) // max(1, positions - positions // 2)
+            self.inspection.tape_bytes = max(self.inspection.tape_bytes, kept)
 
-    def _bytes_kept(self, positions: int) -> int:
-        """Bytes that autograd keeps of layer 0 on so many positions, weights included."""
+    def _bytes_kept(self, number: int, positions: int) -> int:
+        """Bytes that autograd keeps of a layer on so many positions, weights included."""
         kept: dict[int, int] = {}
 
         def note(saved: Tensor) -> Tensor:
@@ -291,10 +322,10 @@ class Plug(LayeredModel):
             x = x.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 run = LayerRun(backend=self.backend, cut=True)
-                out = self.run_layer(0, x, arguments[0], run)
+                out = self.run_layer(number, x, arguments[number], run)
             gradient = torch.autograd.grad(out.sum(), x)[0]
         if not bool(torch.isfinite(gradient).all()):
-            raise ValueError("model gives gradients that are not finite in layer 0")
+            raise ValueError(f"model gives gradients that are not finite in layer {number}")
         return sum(kept.values())
 
     def space(self, positions: int, kinds: Sequence[str]) -> NodeSpace:
@@ -310,10 +341,8 @@ class Plug(LayeredModel):
         )
         widths.update(dict.fromkeys(COARSE_KINDS, 1))
         return NodeSpace(
-            found.layers, positions, {kind: widths[kind] for kind in KINDS if kind in kinds}
+            found.layers,
+            positions,
+            {kind: widths[kind] for kind in KINDS if kind in kinds},
+            {kind: counts for kind, counts in found.counts.items() if kind in kinds},
         )
-
-    def check_node(self, node: Node) -> None:
-        """Raises ValueError for a query, key, value or output in a layer without attention."""
-        if node.kind in ATTENTION_KINDS and self.layers[node.layer].attention is None:
-            raise ValueError(f"layer {node.layer} of {self.name} has no attention, got {node}")

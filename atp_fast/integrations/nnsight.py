@@ -122,7 +122,10 @@ def by_module(
     paths: dict[str, dict[str, Tensor]] = {}
     for layer in range(found.space.layers):
         for kind, table in tables.items():
-            x = table.select(-3, layer)
+            count = found.space.in_layers(kind)[layer]
+            if not count:
+                continue
+            x = table.select(-3, layer)[..., :count]
             wide = kind in ("q", "k", "v", "z", "neuron")
             if (kind, layer) not in places:
                 raise NotImplementedError(

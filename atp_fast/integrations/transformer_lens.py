@@ -272,6 +272,10 @@ def _patched(
         pairs = _pairs(clean_tokens, corrupted_tokens, "clean_tokens", "corrupted_tokens")
         batch, positions = corrupted_tokens.shape
         space = found.plug.space(positions, (kind,))
+        if kind in space.counts:
+            raise NotImplementedError(
+                f"layers with different numbers of {kind} have no table: {list(space.counts[kind])}"
+            )
         width = space.widths[kind]
         nodes = [
             Node(kind, layer, position, index)

@@ -47,8 +47,8 @@ def moving_ids(space: NodeSpace, pairs: PromptPairs) -> Ids:
     others have effect 0 exactly.
     """
     live = pairs.moving.any(0).cpu().numpy()
-    grids = [np.broadcast_to(live[None, :, None], space.shape(kind)) for kind in space.kinds]
-    found: Ids = np.flatnonzero(np.concatenate([grid.ravel() for grid in grids]))
+    counts = [n for kind in space.kinds for n in space.in_layers(kind)]
+    found: Ids = np.flatnonzero(np.concatenate([np.repeat(live, n) for n in counts]))
     return found
 
 

@@ -79,7 +79,12 @@ class Attribution(NodeScores):
         ):
             tensors |= {f"{name}.{kind}": x for kind, x in table.items()}
         header = {
-            "space": [self.space.layers, self.space.positions, list(self.space.widths.items())],
+            "space": [
+                self.space.layers,
+                self.space.positions,
+                list(self.space.widths.items()),
+                {kind: list(counts) for kind, counts in self.space.counts.items()},
+            ],
             "per_pair": self.per_pair is not None,
             "prompts": self.prompts,
         } | {name: getattr(self, name) for name in _TEXT_FIELDS}
@@ -89,9 +94,9 @@ class Attribution(NodeScores):
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
         with loading(path, "attribution") as (tensors, header):
-            layers, positions, widths = header["space"]
+            layers, positions, widths, *counts = header["space"]  # early files have no counts
             prompts = header.get("prompts")  # files of early versions have none
-            space = NodeSpace(layers, positions, dict(widths))
+            space = NodeSpace(layers, positions, dict(widths), *counts)
 
             def table(name: str) -> dict[str, Tensor]:
                 return {kind: tensors[f"{name}.{kind}"] for kind in space.kinds}

@@ -123,9 +123,7 @@ class NodeScores:
     def count(self, kinds: Iterable[str] | None = None) -> int:
         """Nodes, of these kinds, that some pair has: positions that are padding everywhere hold none."""
         live = int((self.counts > 0).sum())
-        return sum(
-            self.space.layers * live * self.space.widths[kind] for kind in self._kinds(kinds)
-        )
+        return sum(live * sum(self.space.in_layers(kind)) for kind in self._kinds(kinds))
 
     @property
     def metric_means(self) -> tuple[float, float]:
@@ -214,9 +212,15 @@ class NodeScores:
     def _flat(self, by: By, kinds: Sequence[str]) -> Tensor:
         """One score per existing node, kind by kind."""
         scores, live = self._scores(by), self.counts > 0
-        return torch.cat(
-            [scores[kind][:, live.to(scores[kind].device)].flatten() for kind in kinds]
-        )
+        found = []
+        for kind in kinds:
+            real = scores[kind][:, live.to(scores[kind].device)]
+            if kind in self.space.counts:
+                real = torch.cat(
+                    [x[:, :n].flatten() for x, n in zip(real, self.space.counts[kind], strict=True)]
+                )
+            found.append(real.flatten())
+        return torch.cat(found)
 
     def _token(self, position: int) -> str | None:
         return None if self.tokens is None else self.tokens[position]
@@ -224,11 +228,11 @@ class NodeScores:
     def _columns(self, kinds: Sequence[str], flat: Array) -> dict[str, Array]:
         """Kind, layer, position and index of the numbers that `_flat` counts nodes by."""
         live = (self.counts > 0).nonzero().flatten().cpu().numpy()
-        widths = np.array([self.space.widths[kind] for kind in kinds])
-        starts = np.concatenate(([0], np.cumsum(self.space.layers * len(live) * widths)))
-        which = np.searchsorted(starts, flat, side="right") - 1
-        row, index = np.divmod(flat - starts[which], widths[which])
-        layer, column = np.divmod(row, len(live))
+        counts = np.concatenate([self.space.in_layers(kind) for kind in kinds])
+        starts = np.concatenate(([0], np.cumsum(len(live) * counts)))
+        row = np.searchsorted(starts, flat, side="right") - 1
+        column, index = np.divmod(flat - starts[row], counts[row])
+        which, layer = np.divmod(row, self.space.layers)
         kind = np.array(kinds, dtype=object)[which]
         return {"kind": kind, "layer": layer, "position": live[column], "index": index}
 

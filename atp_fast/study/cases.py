@@ -96,8 +96,11 @@ class EngineCase:
         share = found.counts.double() / len(self.pairs)
         scores = np.concatenate(
             [
-                (found.contribution[kind].double() * share[None, :, None]).numpy().ravel()
+                (table[:, :count].double() * share[:, None]).numpy().ravel()
                 for kind in self.kinds
+                for table, count in zip(
+                    found.contribution[kind], self.space.in_layers(kind), strict=True
+                )
             ]
         )
         forwards = estimate_forwards(method, self.space.layers, len(self.pairs))
