@@ -113,7 +113,7 @@ def test_layers_that_differ(change: Callable[[PreTrainedModel], None], shared: i
     for engine in (Engine(model, "cpp"), Engine(model, "reference", memory_budget=1)):
         close(engine.attribute(pairs, "nll", nodes=kinds, progress=False).effect, effect)
     space = found.space
-    nodes = [node for node in space if node.position == 4][::7] + [Node("k", 1, 5, 1)]
+    nodes = [*[node for node in space if node.position == 4][::7], Node("k", 1, 5, 1)]
     exact = engine.patch(pairs, nodes, "nll", progress=False).effect
     right, _ = naive_effects(model, pairs, [[node] for node in nodes], resolve("nll", pairs))
     assert (exact - right).abs().max() <= LIMIT * right.abs().max()

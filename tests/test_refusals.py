@@ -86,7 +86,7 @@ def test_options_of_an_attention_call(window: int) -> None:
     assert options.sinks is not None and options.sinks.tolist() == [1, 1]
     default = attend().options
     assert default is not None
-    assert default == (8**-0.5, None, None, None)
+    assert default == (8**-0.5, None, None, None, None)
 
 
 def test_outside_a_layer() -> None:

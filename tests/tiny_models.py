@@ -136,7 +136,12 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 48,
     },
-    "gemma4_text gemma4_unified_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16},
+    "gemma4_text gemma4_unified_text": {
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 16,
+        "pad_token_id": 0,
+    },
+    "llama4_text": {"attention_chunk_size": 4, "floor_scale": 3, "no_rope_layers": [1, 0, 1]},
     "lfm2_moe": {"layer_types": ["full_attention"] * 3, "num_dense_layers": 1},
     "dots1": {"n_shared_experts": 1},
     "qwen2_moe": {"use_sliding_window": False},
@@ -189,15 +194,16 @@ def _has(config: Any, name: str) -> bool:
         return True
 
 
-def tiny_config(model_type: str) -> Any:
-    return AutoConfig.for_model(model_type, **_shared_sizes(AutoConfig.for_model(model_type)))
+def tiny_config(model_type: str, **settings: Any) -> Any:
+    sizes = _shared_sizes(AutoConfig.for_model(model_type))
+    return AutoConfig.for_model(model_type, **{**sizes, **settings})
 
 
-def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """The tiny model of a type, float64, in eval mode; every parameter has noise of its own."""
+def build(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """The tiny model of a type, float64, in eval mode; every parameter has noise of its own. settings: of its config."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **settings))
     model = model.to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

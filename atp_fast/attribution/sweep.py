@@ -190,10 +190,9 @@ class _Layer:
         assert run.q is not None and run.k is not None and run.v is not None
         assert run.stats is not None and run.options is not None
         q, k, v = run.q.detach(), run.k.detach(), run.v.detach()
-        options = run.options._asdict()
         if not key_fixed(self.method, self.kinds):
-            grads = ops.attention_vjp(
-                q, k, v, stats=run.stats, grad_z=grad_z, backend=backend, **options
+            grads = run.options.attention_vjp(
+                q, k, v, stats=run.stats, grad_z=grad_z, backend=backend
             )
             if "q" in self.kinds:
                 self._first_order("q", grads[0], first)
@@ -203,7 +202,7 @@ class _Layer:
         k_corrupted = self.corrupted["k"]
         if self.prefix is not None:
             k_corrupted = torch.cat([self.prefix.k, k_corrupted], 2)
-        found = ops.attention_vjp_effects(
+        found = run.options.attention_vjp_effects(
             q,
             k,
             v,
@@ -212,7 +211,6 @@ class _Layer:
             stats=run.stats,
             grad_z=grad_z,
             backend=backend,
-            **options,
         )
         if "q" in self.kinds:
             self._given("q", found.effect_q, first)

@@ -3,9 +3,10 @@
 May import: ops and what stands before it.
 """
 
-from atp_fast.hf.attention import AttentionOptions, LayerRun, Prefix, Visit
+from atp_fast.hf.attention import LayerRun, Prefix, Visit
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
+from atp_fast.hf.options import AttentionOptions
 from atp_fast.hf.plug import Plug, inspect_model
 from atp_fast.hf.switching import recording
 

@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_fast import ops
+from atp_fast.hf.options import AttentionOptions
 
 NAME = "atp_fast"
 Visit = Callable[[str, Tensor], Tensor]
@@ -24,23 +25,15 @@ _HARMLESS = frozenset(
     "layer_past output_attentions output_hidden_states output_router_logits return_dict training layer_idx "
     "logits_to_keep cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k num_items_in_batch".split()
 )
+# What others are, where the name does not say it.
+_ARGUMENTS = {"position_bias": " (a number of its own for each query and key)"}
 
-
-# What a mask is called that our attention does not compute.
-_NOT_CAUSAL, _OF_THE_INPUT = -1, -2
+# What a mask is called that our attention does not compute; chunks of n positions are called _CHUNKS - n.
+_NOT_CAUSAL, _OF_THE_INPUT, _CHUNKS = -1, -2, -2
 _FOREIGN_MASKS = {
-    _NOT_CAUSAL: "is no causal mask or causal sliding window",
+    _NOT_CAUSAL: "is no causal mask, causal sliding window or causal mask in chunks",
     _OF_THE_INPUT: "depends on the model's input",
 }
-
-
-class AttentionOptions(NamedTuple):
-    """The keyword arguments with which a layer's attention goes to `atp_fast.ops`."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
 
 
 class Prefix(NamedTuple):
@@ -104,13 +97,8 @@ class LayerRun:
         if self.stop:
             self.k, self.v = k, v
             raise Stopped
-        z, stats = self.given or ops.attention(
-            q.detach(),
-            k.detach(),
-            v.detach(),
-            statistics=self.statistics,
-            backend=self.backend,
-            **options._asdict(),
+        z, stats = self.given or options.attention(
+            q.detach(), k.detach(), v.detach(), statistics=self.statistics, backend=self.backend
         )
         if self.cut:
             z = z.detach().requires_grad_()  # a new tensor: stats.z, which may be z, stays plain
@@ -140,7 +128,7 @@ def _attention(
     for name, given in kwargs.items():
         if given is not None and name not in _HARMLESS:
             raise NotImplementedError(
-                f"{where} calls attention with {name!r}, which atp_fast does not compute"
+                f"{where} calls attention with {name!r}{_ARGUMENTS.get(name, '')}, which atp_fast does not compute"
             )
     if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.numel() != 1:
         raise NotImplementedError(
@@ -149,10 +137,10 @@ def _attention(
     width = int(attention_mask.item())
     if width in _FOREIGN_MASKS:
         raise NotImplementedError(f"{where} has an attention mask that {_FOREIGN_MASKS[width]}")
-    window = width or None
+    window, chunk = (width or None, None) if width >= 0 else (None, _CHUNKS - width)
     run.attention_module = module
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    z = run.attend(query, key, value, AttentionOptions(scale, window, softcap, s_aux))
+    z = run.attend(query, key, value, AttentionOptions(scale, window, softcap, s_aux, chunk))
     return z.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
@@ -164,11 +152,12 @@ def _mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' mask function: the window's width (0: plain causal) as a one-element tensor, or a number of _FOREIGN_MASKS.
+    """transformers' mask function: the window's width (0: plain causal) as a one-element tensor, or a number of _FOREIGN_MASKS
+    or _CHUNKS.
 
     No queries x keys mask is built. The model's own mask function is asked about pairs of positions around every
-    place where a causal window could differ from it (the diagonal, the window's edge, multiples of the window, far
-    apart); a mask that is not a causal window is refused when a layer attends by it.
+    place where a causal window or chunk could differ from it (the diagonal, the window's edge, multiples of the window,
+    far apart); a mask that is neither is refused when a layer attends by it.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise NotImplementedError(
@@ -185,11 +174,14 @@ def _mask(
     keep = kv >= 0
     q, kv = q[keep].to(device), kv[keep].to(device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    expected = (kv <= q) & (kv > q - width) if width else kv <= q
+    causal = kv <= q
+    wanted = {width: causal & (kv > q - width) if width else causal}
+    if width:
+        wanted[_CHUNKS - width] = causal & (kv // width == q // width)
     try:
-        allowed = mask_function(zero, zero, q, kv)
-        if not torch.equal(allowed.expand_as(expected), expected):
-            width = _NOT_CAUSAL
+        allowed = mask_function(zero, zero, q, kv).expand_as(causal)
+        alike = (name for name, expected in wanted.items() if torch.equal(allowed, expected))
+        width = next(alike, _NOT_CAUSAL)
     except (IndexError, RuntimeError):
         width = _OF_THE_INPUT
     return torch.full((1, 1, 1, 1), width, dtype=torch.int64)

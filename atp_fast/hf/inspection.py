@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -114,9 +113,12 @@ def trace(
         tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
         cut = any(t.requires_grad for t in tensors) and not result.requires_grad
         if cut and _POSITIONS not in type(module).__name__.lower():
-            raise NotImplementedError(
-                f"no gradient flows through {names[module]} ({type(module).__name__}; quantised weights?){why}"
-            )
+            what = f"{names[module]} ({type(module).__name__}"
+            if not torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"runs {what}) without gradients: an indexer that selects each query's keys?"
+                )
+            raise NotImplementedError(f"no gradient flows through {what}; quantised weights?){why}")
         if tensors:
             # a copy: some layers add to it in place
             calls.append(Call(module, tensors[0].detach(), result.detach().clone()))
@@ -218,7 +220,7 @@ def find_writes(
             continue
         given = [c for c in calls if c.module in parts and c.output.numel() == x.numel()]
         for skips in (False, True):
-            best, chosen = _ROUNDINGS, None
+            best, chosen = float(_ROUNDINGS), None
             for some in itertools.combinations(given, count):
                 error, skip = _adds_up([c.output.reshape(x.shape) for c in some], x, out, skips)
                 # in order: a dropout after a write, which changes nothing, is not taken for it
@@ -357,7 +359,7 @@ def _mixture_in(layer: nn.Module) -> nn.Module | None:
     """A part of a layer that is named for experts, beyond what the names of all its parts begin with."""
     names = {module: type(module).__name__ for module in layer.modules()}
     own = [n for m, n in names.items() if type(m).__module__ == type(layer).__module__]
-    start = len(os.path.commonprefix(own))
+    start = next(i for i, letters in enumerate(zip(*own, strict=False)) if len(set(letters)) > 1)
     for module, name in names.items():
         rest = name[start:] if name in own else name
         if any(part in rest.lower() for part in _MIXTURE_NAMES) and any(

@@ -28,6 +28,8 @@ from atp_fast.hf.layers import LayerArguments, LayeredModel
 from atp_fast.hf.switching import alone_with
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 
+# Settings under which layers count the positions that they are given from 0, wherever these stand.
+_COUNTED_FROM_0 = ("attn_temperature_tuning",)
 # RoPE kinds whose frequencies depend on the length of the whole prompt: their prefixes are not computed alone.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -87,6 +89,7 @@ class Plug(LayeredModel):
             "position_ids" in parameters
             and not self.own_softmax  # its masks start at the first position that is run
             and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
+            and not any(getattr(config, name, False) for name in _COUNTED_FROM_0)
         )
         ids = self.short_prompt()
         own = self._own_logits(ids)
@@ -109,17 +112,27 @@ class Plug(LayeredModel):
         return ids if padding is None else ids.where(ids != padding, self.plain_token)
 
     def _own_logits(self, ids: Tensor) -> Tensor:
-        """The model's own eager logits; notes on the way how many outputs its layers have."""
+        """The model's own eager logits; notes on the way how many outputs its layers have.
 
-        def note(layer: Layer) -> Any:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                layer.outputs = len(output) if isinstance(output, (tuple, list)) else 0
+        Raises NotImplementedError where a layer is given another one's output beside the hidden states.
+        """
+        beside: list[Any] = []  # the last layer's other outputs
+        given: set[int] = set()  # layers that got one of them
+
+        def note(number: int, layer: Layer) -> Any:
+            def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                if any(x is y for x in (*args, *kwargs.values()) for y in beside):
+                    given.add(number)
+                several = isinstance(output, (tuple, list))
+                layer.outputs = len(output) if several else 0
+                beside[:] = [x for x in output[1:] if isinstance(x, Tensor)] if several else []
 
             return hook
 
         with contextlib.ExitStack() as hooks, self.implementation("eager"), torch.no_grad():
-            for layer in self.layers:
-                hooks.callback(layer.module.register_forward_hook(note(layer)).remove)
+            for number, layer in enumerate(self.layers):
+                hook = layer.module.register_forward_hook(note(number, layer), with_kwargs=True)
+                hooks.callback(hook.remove)
             try:
                 own: Tensor = self.model(input_ids=ids, use_cache=False).logits
             except torch.OutOfMemoryError:
@@ -128,6 +141,10 @@ class Plug(LayeredModel):
                 raise ValueError(
                     f"model must run on token ids alone, {self.name} raises {type(error).__name__} on {ids[0].tolist()}"
                 ) from error
+        if given:
+            raise NotImplementedError(
+                f"layer {min(given)} is given more of the layer before it than its hidden states"
+            )
         return own
 
     def _learn(self, ids: Tensor, own: Tensor) -> None:
@@ -219,17 +236,19 @@ class Plug(LayeredModel):
             self.inspection.refused,
             run.attention_module,
         )
+        lacking: dict[str, str] = {}
+        neurons = 0
         try:
             neurons = find_down_projection(layer, calls, attention, x, run.mixtures)
         except NotImplementedError as error:
-            refused["neuron"] = f"layer {number} {error}"
-            neurons = 1  # so many that they cannot be had
+            lacking["neuron"] = str(error)
         try:
-            lacking = find_writes(layer, calls, attention, x, out, neurons > 0)
+            mlp = neurons > 0 or "neuron" in lacking
+            lacking |= find_writes(layer, calls, attention, x, out, mlp)
         except NotImplementedError as error:
-            lacking = dict.fromkeys(("attn_out", "mlp_out", "graddrop"), str(error))
+            lacking |= dict.fromkeys(("attn_out", "mlp_out", "graddrop"), str(error))
         if neurons == 0 and (layer.mlp_write is not None or "mlp_out" in lacking):
-            lacking["neuron"] = "has no down projection"
+            lacking.setdefault("neuron", "has no down projection")
         refused.update({kind: f"layer {number} {why}" for kind, why in lacking.items()})
         heads = 0 if run.q is None else run.q.shape[1]
         kv_heads = 0 if run.k is None else run.k.shape[1]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from atp_fast.hf.attention import AttentionOptions, LayerRun
+from atp_fast.hf.attention import LayerRun
+from atp_fast.hf.options import AttentionOptions
 
 _MASKED = -1e4  # what is added or filled in below this keeps a key out: exp(-1e4) is 0
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")

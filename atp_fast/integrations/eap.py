@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_fast import ops
 from atp_fast.attribution.question import Question
 from atp_fast.attribution.runs import PairRuns, corrupted_values, run_pairs, taped
 from atp_fast.attribution.sweep import top_cotangent
@@ -319,14 +318,13 @@ def _layer(
     corrupted = corrupted_values(plug, runs, number, kinds)[1]
     wanted = [run.z, writes[0], values["mlp_out"], tape.x]
     grad_z, grad_write, grad_mlp, skip = tape.from_output(cotangent[None], wanted)
-    grad_q, grad_k, grad_v = ops.attention_vjp(
+    grad_q, grad_k, grad_v = run.options.attention_vjp(
         run.q.detach(),
         run.k.detach(),
         run.v.detach(),
         stats=run.stats,
         grad_z=grad_z.to(run.q.dtype),
         backend=plug.backend,
-        **run.options._asdict(),
     )
 
     heads, dim = run.z.shape[1], run.z.shape[3]
