@@ -60,7 +60,6 @@ class Inspection:
     v_dim: int = 0
     hidden: int = 0
     neurons: int = 0
-    tape_bytes: int = 0  # what autograd keeps of one layer, per position
     context: int | None = None
     windows: tuple[int | None, ...] = ()
     counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
