@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atp_fast._version import __version__
-from atp_fast.attribution.memory import SweepPlan, SweepSize, budget_for, plan_sweep, read_budget
+from atp_fast.attribution.batch import sweep_extent
+from atp_fast.attribution.memory import Budget, SweepPlan, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
 from atp_fast.attribution.question import Question, check_method
-from atp_fast.attribution.runs import shared_start
 from atp_fast.attribution.scores import Scores
-from atp_fast.attribution.sweep import key_fixed, sweep
+from atp_fast.attribution.sweep import sweep, sweep_size
 from atp_fast.attribution.tape import check_walk
 from atp_fast.hf import Plug, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
@@ -101,7 +101,8 @@ class Engine:
         scores = Scores(space, chosen, self.plug.device, dtype, keep)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
-        plan = self._plan(run_pairs, measure, scores)
+        budget = budget_for(self.plug, self._asked_budget)
+        plan = self._plan(run_pairs, measure, scores, budget)
         batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
@@ -279,20 +280,11 @@ class Engine:
 
     # ---- plans and checks
 
-    def _plan(self, pairs: PromptPairs, metric: Metric, scores: Scores) -> SweepPlan:
-        longest = int(torch.maximum(pairs.lengths, pairs.corrupted_lengths).max())
-        shared = shared_start(pairs) if self.plug.moves else 0
-        size = SweepSize(
-            positions=longest - shared,
-            prefix=shared,
-            cotangents=len(self.plug.layers) + 1 if scores.method.graddrop else 1,
-            kinds=scores.space.kinds,
-            logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
-            precision=self.precision,
-            spans=pairs.spans is not None,
-            statistics=key_fixed(scores.method, scores.space.kinds),
-        )
-        budget = budget_for(self.plug, self._asked_budget)
+    def _plan(
+        self, pairs: PromptPairs, metric: Metric, scores: Scores, budget: Budget
+    ) -> SweepPlan:
+        extent = sweep_extent(self.plug, pairs)
+        size = sweep_size(self.plug, scores, metric, pairs, *extent, self.precision)
         together = metric.all_pairs_at_once
         return plan_sweep(self.plug, budget, size, pairs=len(pairs), together=together)
 

@@ -103,7 +103,7 @@ class Launches(TorchDispatchMode):
                 mock.patch.object(memory, "saves_starts", lambda device: True),
                 mock.patch.object(torch, "empty", zeroed(torch.empty)),
                 mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
-                mock.patch.object(sweeps, "run_pairs", self.during("forwards", sweeps.run_pairs)),
+                mock.patch.object(sweeps, "run_batch", self.during("forwards", sweeps.run_batch)),
                 *(
                     mock.patch.object(owner, name, self.during("scoring", getattr(owner, name)))
                     for owner, name in _SCORING

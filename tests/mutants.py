@@ -145,7 +145,7 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/runs.py",
-        "tape = _tape_together if plan.together and dense else _tape_apart",
+        "tape = _tape_together if plan.together and plain else _tape_apart",
         "tape = _tape_apart",
         STARTS,
     ),
@@ -187,9 +187,17 @@ FAULTS = [
         SWEEP,
     ),
     Fault(
-        "atp_fast/attribution/scores.py", "begin = first.pop()", "begin = first.pop() * 0", SWEEP
+        "atp_fast/attribution/scores.py",
+        "return cls(rows, slice(column, column + inside), live)",
+        "return cls(rows, slice(0, inside), live)",
+        SWEEP,
     ),
-    Fault("atp_fast/attribution/scores.py", "if len(first) > 1:", "if len(first) > 2:", SWEEP),
+    Fault(
+        "atp_fast/attribution/batch.py",
+        "bool((columns == first).all())",
+        "bool((columns == first).any())",
+        SWEEP,
+    ),
     Fault(
         "atp_fast/ops/reference.py",
         "here = ((source >= 0) & (source < found.shape[2]))[..., None]",
@@ -197,15 +205,15 @@ FAULTS = [
         ADDED,
     ),
     Fault(
-        "atp_fast/attribution/sweep.py",
-        "None if all_live else live)",
-        "None if any_live else live)",
+        "atp_fast/attribution/batch.py",
+        "live = None if self.all_live else self.live",
+        "live = None if self.any_live else self.live",
         SWEEP,
     ),
     Fault(
-        "atp_fast/attribution/sweep.py",
-        "starts = runs.start + pairs.starts.to(plug.device)",
-        "starts = pairs.starts.to(plug.device)",
+        "atp_fast/attribution/batch.py",
+        "columns = start + given.starts",
+        "columns = given.starts",
         SWEEP,
     ),
     Fault(
@@ -221,21 +229,21 @@ FAULTS = [
         SWEEP,
     ),
     Fault(
-        "atp_fast/attribution/runs.py",
-        "live = (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])",
-        "live = (columns >= self.pairs.split[:, None]) & (columns <= self.pairs.lengths[:, None])",
+        "atp_fast/attribution/batch.py",
+        "live = (columns >= pairs.split[:, None]) & (columns < pairs.lengths[:, None])",
+        "live = (columns >= pairs.split[:, None]) & (columns <= pairs.lengths[:, None])",
         SWEEP,
     ),
     Fault(
-        "atp_fast/attribution/runs.py",
-        "return min(int(pairs.split.min()), int(shortest.min()) - 1)",
-        "return min(int(pairs.split.max()), int(shortest.min()) - 1)",
+        "atp_fast/attribution/batch.py",
+        "start = min(int(pairs.split.min()), int(shortest.min()) - 1)",
+        "start = min(int(pairs.split.max()), int(shortest.min()) - 1)",
         SWEEP,
     ),
     Fault(
-        "atp_fast/attribution/runs.py",
-        "return min(int(pairs.split.min()), int(shortest.min()) - 1)",
-        "return min(int(pairs.split.min()), int(shortest.max()) - 1)",
+        "atp_fast/attribution/batch.py",
+        "start = min(int(pairs.split.min()), int(shortest.min()) - 1)",
+        "start = min(int(pairs.split.min()), int(shortest.max()) - 1)",
         SPANS,
     ),
     Fault(
@@ -245,9 +253,9 @@ FAULTS = [
         SPANS,
     ),
     Fault(
-        "atp_fast/attribution/runs.py",
-        "return live if self.source is None else live & (self.source >= 0)",
-        "return live",
+        "atp_fast/attribution/batch.py",
+        "live = live & (source >= 0)",
+        "pass",
         SPANS,
     ),
     Fault(
@@ -281,9 +289,9 @@ FAULTS = [
         "tests/test_span_texts.py",
     ),
     Fault(
-        "atp_fast/attribution/runs.py",
-        "if bool((ids == ids[:1]).all()):",
-        "if bool((ids[:, :1] == ids[:1, :1]).all()):",
+        "atp_fast/attribution/batch.py",
+        "if bool((prefix_ids == prefix_ids[:1]).all()):",
+        "if bool((prefix_ids[:, :1] == prefix_ids[:1, :1]).all()):",
         SWEEP,
     ),
     Fault(

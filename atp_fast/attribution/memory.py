@@ -94,12 +94,15 @@ def free_memory(device: torch.device) -> int:
     return 4 * 2**30  # no figure to be had (macOS): what any machine that runs a language model has
 
 
-def budget_for(plug: Plug, asked: int | None) -> Budget:
-    """The asked budget, or half of what is free on the model's device, shared by torchrun's processes on a machine."""
+def budget_for(plug: Plug, asked: int | None, held: int = 0) -> Budget:
+    """The asked budget, or half of what is free on the model's device, shared by torchrun's processes on a machine.
+
+    held: bytes that recorded sweeps hold and would give back (attribution.replay).
+    """
     if asked is not None:
         return Budget(asked, auto=False)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plug.device.type == "cpu" else 1
-    return Budget(free_memory(plug.device) // 2 // sharing, auto=True)
+    return Budget((free_memory(plug.device) + held) // 2 // sharing, auto=True)
 
 
 class SweepSize(NamedTuple):

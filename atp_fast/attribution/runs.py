@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from atp_fast.attribution.batch import Batch, Entered, enter_pairs, extent
 from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.tape import LayerTape, Values, keeper
 from atp_fast.attribution.twins import Twins, run_twins
@@ -28,8 +29,7 @@ class PairRuns:
     """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
 
     clean, corrupted: layer inputs, (pairs, positions, hidden), the latter at the corrupted prompts' own positions;
-    source: the corrupted position, from `start` on, that stands for each clean one, -1 where none does, (pairs,
-    positions), or None where each stands for itself; values: node values of the corrupted run, resid_pre included, moved
+    source, live: as in Batch; values: node values of the corrupted run, resid_pre included, moved
     to the positions they stand for, and keys_values: keys and values of the clean run at every position, prefix
     included (None of a layer without attention), both if they were asked for; tapes: what the sweep would run again, for
     layers that were asked for.
@@ -43,7 +43,8 @@ class PairRuns:
     pairs: PromptPairs
     start: int
     arguments: list[LayerArguments]
-    source: Tensor | None = None
+    source: Tensor | None
+    live: Tensor
     clean: list[Tensor] = field(default_factory=list)
     corrupted: list[Tensor] = field(default_factory=list)
     prefixes: list[Prefix | None] = field(default_factory=list)
@@ -57,22 +58,6 @@ class PairRuns:
     def positions(self) -> int:
         """Positions that are run: all from `start` on."""
         return self.pairs.clean_ids.shape[1] - self.start
-
-    def differs(self) -> Tensor:
-        """(pairs, positions) bool: real positions from each pair's own first differing token on, that a value of the
-        corrupted run stands for."""
-        columns = torch.arange(
-            self.start, self.start + self.positions, device=self.pairs.clean_ids.device
-        )
-        live = (columns >= self.pairs.split[:, None]) & (columns < self.pairs.lengths[:, None])
-        return live if self.source is None else live & (self.source >= 0)
-
-    def spans(self) -> Tensor | None:
-        """(pairs, spans, positions) bool: the position belongs to the span and has an effect; None without spans."""
-        if self.pairs.spans is None:
-            return None
-        members = self.pairs.spans.members(self.start + self.positions)[..., self.start :]
-        return members & self.differs()[:, None]
 
     def aligned(self, plug: Plug, number: int, values: Values) -> Values:
         """A layer's corrupted values, resid_pre among them, moved to the clean positions that they stand for.
@@ -96,62 +81,56 @@ class PairRuns:
         return moved
 
 
-def filled(ids: Tensor, mask: Tensor) -> Tensor:
-    """Right-padded ids with each row's last token in its padding: no real position sees it, no warning is due."""
-    return torch.where(mask, ids, ids.gather(1, mask.sum(1, keepdim=True) - 1))
-
-
-def shared_start(pairs: PromptPairs) -> int:
-    """Leading positions that are the same in all prompts of right-padded pairs, up to the shortest prompt's last."""
-    shortest = torch.minimum(pairs.lengths, pairs.corrupted_lengths)
-    return min(int(pairs.split.min()), int(shortest.min()) - 1)
-
-
 def run_pairs(
+    plug: Plug, given: PromptPairs, kinds: Sequence[str] = (), *, keep_values: bool = False
+) -> PairRuns:
+    """Run pairs, clean and corrupted, both prompts in one batch.
+
+    keep_values: leave the corrupted run's values of `kinds` in `values`, and the clean run's keys and values.
+    Raises ValueError, naming the layer, where an output is not finite.
+    """
+    batch = enter_pairs(plug, given, *extent(plug, given))
+    runs = run_batch(plug, batch, kinds, keep_values=keep_values)
+    check_outputs(plug, batch, runs)
+    return runs
+
+
+def run_batch(
     plug: Plug,
-    given: PromptPairs,
+    batch: Batch,
     kinds: Sequence[str] = (),
     *,
     keep_values: bool = False,
     plan: SweepPlan | None = None,
     statistics: bool = False,
 ) -> PairRuns:
-    """Run pairs, clean and corrupted.
+    """All layers on both prompts.
 
-    keep_values: leave the corrupted run's values of `kinds` in `values`, and the clean run's keys and values;
-    plan: of a sweep; its taped layers leave a tape of the clean run and the corrupted run's values of `kinds` in `tapes`,
-    so that the sweep need not run them again. Other layers run both prompts in one batch. statistics: see PairRuns.
+    keep_values: see run_pairs; plan: of a sweep; its taped layers leave a tape of the clean run and the corrupted run's values
+    of `kinds` in `tapes`, so that the sweep need not run them again. Other layers run both prompts in one batch. statistics:
+    see PairRuns.
     """
-    pairs = given.right_padded().to(plug.device)
-    clean = filled(pairs.clean_ids, pairs.attention_mask)
-    corrupted = filled(pairs.corrupted_ids, pairs.corrupted_attention_mask)
-    positions = clean.shape[1]
-    start = shared_start(pairs) if plug.moves else 0
     prefixes: list[Prefix | None] = [None] * len(plug.layers)
     prefix_output = None
-    if start:
-        prefixes, prefix_output = _run_prefix(plug, clean[:, :start])
-    batch = len(pairs)
-    both, doubled = plug.enter(torch.cat([clean[:, start:], corrupted[:, start:]]), start)
-    first = torch.arange(batch, device=both.device)
-    arguments = [a.rows(first, 2 * batch) for a in doubled]
-    source = None
-    if pairs.spans is not None:  # never before `start`: see PairTable.split
-        source = pairs.sources(positions)[:, start:]
-        source = torch.where(source >= 0, source - start, -1)
+    pairs = len(batch.pairs)
+    if batch.prefix is not None:
+        prefixes, prefix_output = _run_prefix(plug, batch.prefix, pairs)
+    both, doubled = batch.both
+    first = torch.arange(pairs, device=both.device)
     runs = PairRuns(
-        given,
-        pairs,
-        start,
-        arguments,
-        source,
+        batch.given,
+        batch.pairs,
+        batch.start,
+        [a.rows(first, 2 * pairs) for a in doubled],
+        batch.source,
+        batch.live,
         prefixes=prefixes,
         prefix_output=prefix_output,
         statistics=statistics,
     )
     for number in range(len(plug.layers)):
-        runs.clean.append(both[:batch])
-        runs.corrupted.append(both[batch:])
+        runs.clean.append(both[:pairs])
+        runs.corrupted.append(both[pairs:])
         if plan is not None and number >= plan.taped_from:
             layer = plug.layers[number]
             # not experts, to whom others' tokens go, and not layers of another kind than attention
@@ -168,7 +147,7 @@ def run_pairs(
                 both = plug.run_layer(number, both, doubled[number], run)
             if keep_values:
                 # copies, so that the rest of this layer's values can go
-                kept = {kind: values[kind][batch:].clone() for kind in kinds if kind in values}
+                kept = {kind: values[kind][pairs:].clone() for kind in kinds if kind in values}
                 runs.values.append(
                     runs.aligned(plug, number, {**kept, "resid_pre": runs.corrupted[-1]})
                 )
@@ -176,11 +155,10 @@ def run_pairs(
                 runs.keys_values.append(
                     None
                     if k is None or v is None
-                    else _joined(prefixes[number], k[:batch], v[:batch])
+                    else _joined(prefixes[number], k[:pairs], v[:pairs])
                 )
-    runs.clean.append(both[:batch])
-    runs.corrupted.append(both[batch:])
-    _check_finite(runs)
+    runs.clean.append(both[:pairs])
+    runs.corrupted.append(both[pairs:])
     return runs
 
 
@@ -222,19 +200,28 @@ def _tape_together(
     return twins.out
 
 
-def _check_finite(runs: PairRuns) -> None:
+def are_finite(runs: PairRuns) -> bool:
+    """Whether the last layer's outputs are finite: one wait for the device."""
+    finite = FiniteCheck()
+    for output in (runs.prefix_output, runs.clean[-1], runs.corrupted[-1]):
+        if output is not None:
+            finite.note(output, "the last layer")
+    return finite.first_bad() is None
+
+
+def check_outputs(plug: Plug, batch: Batch, runs: PairRuns) -> None:
     """ValueError that names the first layer whose output is not finite.
 
-    What is not finite stays so in the residual stream: the last output tells, and only then is the layer looked for.
+    What is not finite stays so in the residual stream: the last outputs tell, and only then is the layer looked for.
     """
-    last = len(runs.clean) - 1
-    for numbers in ([last], range(1, last + 1)):
-        finite = FiniteCheck()
-        for number in numbers:
-            finite.note(runs.clean[number], f"layer {number - 1}")
-            finite.note(runs.corrupted[number], f"layer {number - 1}")
-        if finite.first_bad() is None:
-            return
+    if are_finite(runs):
+        return
+    finite = FiniteCheck()
+    if batch.prefix is not None:
+        _run_prefix(plug, batch.prefix, len(batch.pairs), finite)
+    for number in range(1, len(runs.clean)):
+        finite.note(runs.clean[number], f"layer {number - 1}")
+        finite.note(runs.corrupted[number], f"layer {number - 1}")
     finite.check()
 
 
@@ -248,23 +235,21 @@ def _twice(prefix: Prefix | None) -> Prefix | None:
     return None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
 
 
-def _run_prefix(plug: Plug, ids: Tensor) -> tuple[list[Prefix | None], Tensor]:
-    """Keys and values of every layer on shared leading tokens, and the last layer's output there."""
-    batch = ids.shape[0]
-    if bool((ids == ids[:1]).all()):
-        ids = ids[:1]  # a prompt that all pairs share is run once
-    x, arguments = plug.enter(ids)
+def _run_prefix(
+    plug: Plug, entered: Entered, pairs: int, finite: FiniteCheck | None = None
+) -> tuple[list[Prefix | None], Tensor]:
+    """Keys and values of every layer on shared leading tokens, and the last layer's output there; finite: notes all outputs."""
+    x, arguments = entered
     prefixes: list[Prefix | None] = []
-    finite = FiniteCheck()
     with torch.no_grad():
         for number in range(len(plug.layers)):
             run = LayerRun(backend=plug.backend)
             x = plug.run_layer(number, x, arguments[number], run)
-            finite.note(x, f"layer {number}")
+            if finite is not None:
+                finite.note(x, f"layer {number}")
             assert run.k is not None and run.v is not None
-            prefixes.append(Prefix(*(t.expand(batch, -1, -1, -1) for t in (run.k, run.v))))
-    finite.check()
-    return prefixes, x.expand(batch, -1, -1)
+            prefixes.append(Prefix(*(t.expand(pairs, -1, -1, -1) for t in (run.k, run.v))))
+    return prefixes, x.expand(pairs, -1, -1)
 
 
 def taped(

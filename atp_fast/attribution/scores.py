@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -41,8 +43,8 @@ def weight_tables(
 class Place(NamedTuple):
     """Where a batch's effects belong among the scores of all pairs.
 
-    rows: the pairs' numbers; columns: the user's columns of the batch's positions, if they are the same for all pairs, or
-    else the column of each pair's first position, (pairs,); live: where effects count, (pairs, positions), or
+    rows: the pairs' numbers; columns: the user's columns of the batch's first positions, if they are the same for all pairs,
+    or else the column of each pair's first position, (pairs,); live: where effects count, (pairs, those positions), or
     everywhere.
     """
 
@@ -51,13 +53,17 @@ class Place(NamedTuple):
     live: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, starts: Tensor, positions: int, live: Tensor | None) -> Place:
-        """starts: the user's column of each pair's first position in the batch, (pairs,)."""
-        first = set(starts.tolist())
-        if len(first) > 1:
-            return cls(rows, starts, live)
-        begin = first.pop()
-        return cls(rows, slice(begin, begin + positions), live)
+    def of(
+        cls, rows: Tensor, column: int | Tensor, positions: int, live: Tensor | None, width: int
+    ) -> Place:
+        """column: the user's column, of `width`, of the pairs' first positions, or of each pair's; what a batch has behind the
+        last column is padding."""
+        if isinstance(column, Tensor):
+            return cls(rows, column, live)
+        inside = min(positions, width - column)
+        if live is not None and inside < positions:
+            live = live[:, :inside].contiguous()
+        return cls(rows, slice(column, column + inside), live)
 
 
 class Scores:
@@ -85,7 +91,48 @@ class Scores:
         self.per_pair = (
             {kind: zeros(pairs, *space.shape(kind)) for kind in space.kinds} if pairs else None
         )
+        self.dtype, self._device = dtype, device
         self._weights = weight_tables(method.graddrop, space.layers, device, dtype)
+
+    def tables(self) -> list[Tensor]:
+        """All sums."""
+        groups = (self.score, self.effect, self.per_pair or {})
+        return [table for group in groups for table in group.values()]
+
+    def part(self, pairs: int, positions: int) -> Scores:
+        """Scores for a batch alone: of so many columns, and with a row of its own for each of its pairs."""
+        space = replace(self.space, positions=positions)
+        rows = pairs if self.per_pair else 0
+        return Scores(space, self.method, self._device, self.dtype, rows)
+
+    def load(self, whole: Scores, place: Place) -> None:
+        """Take a batch's sums over from those of all."""
+        for mine, theirs in self._beside(whole, place):
+            mine.copy_(theirs)
+
+    def store(self, whole: Scores, place: Place) -> None:
+        """Give a batch's sums back to those of all."""
+        for mine, theirs in self._beside(whole, place):
+            theirs.copy_(mine)
+        for kind, own in (self.per_pair or {}).items():
+            assert whole.per_pair is not None
+            rows = whole.per_pair[kind][:, :, _slice(place)]
+            rows.index_copy_(0, place.rows, own[:, :, : rows.shape[2]])
+
+    def equals(self, whole: Scores, place: Place) -> bool:
+        """Whether a batch's sums are those of all, bit by bit."""
+        return all(torch.equal(mine, theirs) for mine, theirs in self._beside(whole, place))
+
+    def _beside(self, whole: Scores, place: Place) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each table of a batch's sums, and the same part of all; rows of pairs are copies."""
+        columns = _slice(place)
+        for kind in self.space.kinds:
+            for own, tables in ((self.score, whole.score), (self.effect, whole.effect)):
+                theirs = tables[kind][:, columns]
+                yield own[kind][:, : theirs.shape[1]], theirs
+            if self.per_pair and whole.per_pair:
+                theirs = whole.per_pair[kind][:, :, columns].index_select(0, place.rows)
+                yield self.per_pair[kind][:, :, : theirs.shape[2]], theirs
 
     def weights(self, kind: str, layer: int, first: int, count: int) -> Tensor:
         """Weights, (count,), of the cotangents from number `first` on that are present at a layer."""
@@ -112,10 +159,14 @@ class Scores:
         else:
             clean, corrupted = (_as_vectors(kind, x, 1) for x in values)
             grad = _as_vectors(kind, grad.to(clean.dtype), 2)
+        columns, starts = _slice(place), None
         if isinstance(place.columns, Tensor):
-            columns, starts = slice(None), place.columns
+            starts = place.columns
         else:
-            columns, starts = place.columns, None
+            inside = len(range(self.space.positions)[columns])
+            if inside < grad.shape[2]:
+                grad = grad[:, :, :inside]
+                clean, corrupted = (x if x is None else x[:, :inside] for x in (clean, corrupted))
         own = slice(self.space.in_layers(kind)[layer])
         ops.add_effects(
             grad,
@@ -131,6 +182,10 @@ class Scores:
             pair_signed=not self.method.graddrop,
             backend=backend,
         )
+
+
+def _slice(place: Place) -> slice:
+    return slice(None) if isinstance(place.columns, Tensor) else place.columns
 
 
 def _as_vectors(kind: str, x: Tensor, batch: int) -> Tensor:

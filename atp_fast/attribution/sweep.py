@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from atp_fast import ops
-from atp_fast.attribution.memory import SweepPlan
+from atp_fast.attribution.batch import Batch, enter_pairs, sweep_extent
+from atp_fast.attribution.memory import SweepPlan, SweepSize
 from atp_fast.attribution.question import Method
 from atp_fast.attribution.runs import (
     PairRuns,
     both_logits,
+    check_outputs,
     corrupted_values,
-    run_pairs,
+    run_batch,
     taped,
 )
 from atp_fast.attribution.scores import Place, Scores
@@ -29,6 +32,8 @@ from atp_fast.hf import Plug
 from atp_fast.metrics import Metric, check_rows
 from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
+
+_NOTHING = nullcontext()
 
 
 def sweep(
@@ -46,31 +51,53 @@ def sweep(
     rows: the pairs' numbers among all pairs of the scores; advance: called after every layer.
     The plan's cotangents per chunk are halved when memory runs out.
     """
-    kinds = scores.space.kinds
-    fixed = key_fixed(scores.method, kinds)
-    runs = run_pairs(plug, pairs, kinds, plan=plan, statistics=fixed)
+    batch = enter_pairs(plug, pairs, *sweep_extent(plug, pairs))
+    return sweep_batch(plug, batch, metric, plan, scores, rows=rows, advance=advance)
+
+
+def sweep_batch(
+    plug: Plug,
+    batch: Batch,
+    metric: Metric,
+    plan: SweepPlan,
+    scores: Scores,
+    *,
+    rows: Tensor,
+    advance: Callable[[], object] = lambda: None,
+    watched: AbstractContextManager[object] = _NOTHING,
+    release: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, Tensor]:
+    """`sweep` of a batch that is at the first layer: both runs, the metric, and the layers from the top.
+
+    watched: entered around the parts that attribution.replay may record; release: called when memory runs out, whether it made
+    room.
+    """
+    while True:
+        try:
+            with watched:
+                runs = run_forwards(plug, batch, plan, scores)
+            break
+        except torch.OutOfMemoryError:
+            if not release():
+                raise
+    check_outputs(plug, batch, runs)
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
-    cotangents = cotangent[None]
-    live = runs.differs()
-    any_live, all_live = bool(live.any()), bool(live.all())
-    starts = runs.start + pairs.starts.to(plug.device)
-    spans = runs.spans()
-    if spans is None:
-        place = Place.of(rows, starts, runs.positions, None if all_live else live)
-    else:
-        place = Place(rows, slice(None), None)
+    place, cotangents = batch.place(rows, scores.space.positions), cotangent[None]
     chunk = plan.chunk
     for number in reversed(range(len(plug.layers))):
-        if any_live:
+        if batch.any_live:
+            at = number, place, batch.spans
             added: dict[str, int] = {}
             while True:
                 try:
-                    # the layer's tape is gone when this returns
-                    cotangents = _Layer(
-                        plug, runs, plan, scores, number, place, spans, added
-                    ).sweep(cotangents, chunk)
+                    with watched:
+                        cotangents = sweep_layer(
+                            plug, runs, plan, scores, *at, cotangents, chunk, added
+                        )
                     break
                 except torch.OutOfMemoryError:
+                    if release():
+                        continue
                     taken = min(chunk, len(cotangents))
                     if taken == 1:
                         raise
@@ -86,6 +113,51 @@ def sweep(
 def key_fixed(method: Method, kinds: Sequence[str]) -> bool:
     """Whether queries or keys are scored with the softmax recomputed."""
     return method.qk_fix and bool({"q", "k"} & set(kinds))
+
+
+def sweep_size(
+    plug: Plug,
+    scores: Scores,
+    metric: Metric,
+    pairs: PromptPairs,
+    start: int,
+    positions: int,
+    precision: str | None,
+) -> SweepSize:
+    """What a sweep of pairs has to do; start, positions: as sweep_extent gives them."""
+    return SweepSize(
+        positions=positions,
+        prefix=start,
+        cotangents=len(plug.layers) + 1 if scores.method.graddrop else 1,
+        kinds=scores.space.kinds,
+        logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
+        precision=precision,
+        spans=pairs.spans is not None,
+        statistics=key_fixed(scores.method, scores.space.kinds),
+    )
+
+
+def run_forwards(plug: Plug, batch: Batch, plan: SweepPlan, scores: Scores) -> PairRuns:
+    """Both prompts' runs, as a sweep with this plan for these scores needs them."""
+    kinds = scores.space.kinds
+    fixed = key_fixed(scores.method, kinds)
+    return run_batch(plug, batch, kinds, plan=plan, statistics=fixed)
+
+
+def sweep_layer(
+    plug: Plug,
+    runs: PairRuns,
+    plan: SweepPlan,
+    scores: Scores,
+    number: int,
+    place: Place,
+    spans: Tensor | None,
+    cotangents: Tensor,
+    chunk: int,
+    added: dict[str, int],
+) -> Tensor:
+    """Add a layer's effects to the scores; returns the cotangents of its input. Its tape is gone then."""
+    return _Layer(plug, runs, plan, scores, number, place, spans, added).sweep(cotangents, chunk)
 
 
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +176,7 @@ def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, T
                 "(a detach, item, numpy, argmax or no_grad in it?)"
             )
         check_rows(metric, value, clean)
-        gradient = torch.autograd.grad(value.sum(), last)[0]
+        gradient = torch.autograd.grad(value.sum(), last)[0].contiguous()
     return value.detach(), metric(corrupted, runs.given, source), gradient
 
 
@@ -122,7 +194,7 @@ class _Layer:
         spans: Tensor | None,
         added: dict[str, int],
     ) -> None:
-        """spans: which positions each span sums, as PairRuns.spans gives them; added: by kind, the cotangents whose effects
+        """spans: which positions each span sums, as Batch has them; added: by kind, the cotangents whose effects
         are in the scores."""
         self.plug, self.scores, self.number = plug, scores, number
         self.place, self.spans, self.added = place, spans, added

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,34 +40,38 @@ class LayerArguments(NamedTuple):
     kwargs: dict[str, Any]
     by_row: tuple[bool, ...] = ()
 
-    def rows(self, index: Tensor, batch: int) -> LayerArguments:
-        """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
-
-        has_rows = iter(self.by_row)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerArguments:
+        """The same arguments with `change` of every tensor; those of keywords come first."""
 
         def pick(value: Any) -> Any:
-            if isinstance(value, Tensor) and next(has_rows) and len(value) > 1:
-                by_row = value.reshape(batch, -1, *value.shape[1:])
-                return by_row[index.to(value.device)].flatten(0, 1)
-            if isinstance(value, tuple):
-                return tuple(pick(v) for v in value)
-            return value
+            if isinstance(value, Tensor):
+                return change(value)
+            return tuple(pick(v) for v in value) if isinstance(value, tuple) else value
 
         kwargs = {key: pick(value) for key, value in self.kwargs.items()}
         return LayerArguments(pick(self.args), kwargs, self.by_row)
 
+    def rows(self, index: Tensor, batch: int) -> LayerArguments:
+        """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
+        has_rows = iter(self.by_row)
+
+        def pick(value: Tensor) -> Tensor:
+            if not next(has_rows) or len(value) < 2:
+                return value
+            by_row = value.reshape(batch, -1, *value.shape[1:])
+            return by_row[index.to(value.device)].flatten(0, 1)
+
+        return self.mapped(pick)
+
     def tensors(self) -> list[Tensor]:
-        """In the order in which `rows` meets them."""
+        """In the order in which `mapped` meets them."""
         found: list[Tensor] = []
 
-        def note(value: Any) -> None:
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif isinstance(value, tuple):
-                for part in value:
-                    note(part)
+        def note(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
 
-        note((*self.kwargs.values(), self.args))
+        self.mapped(note)
         return found
 
 

@@ -328,7 +328,7 @@ def _layer(
     )
 
     heads, dim = run.z.shape[1], run.z.shape[3]
-    live, wide = runs.differs(), accumulation_dtype(tape.x)
+    live, wide = runs.live, accumulation_dtype(tape.x)
     delta = (corrupted["z"] - run.z.detach()) * live[:, None, :, None]
     grad = grad_write[0].reshape(*live.shape, -1)
     moments = torch.einsum("bhte,btd->hed", delta.to(wide), grad.to(wide))
@@ -345,5 +345,5 @@ def _layer(
 
 def _products(runs: PairRuns, moved: Tensor, grad: Tensor) -> Tensor:
     """Sums over live positions of moved * grad, both (pairs, positions, hidden), entry by entry."""
-    products = moved * runs.differs()[..., None] * grad
+    products = moved * runs.live[..., None] * grad
     return products.sum((0, 1), dtype=accumulation_dtype(moved))

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atp_fast.attribution.batch import filled
 from atp_fast.attribution.memory import Budget, patched_rows, stored_pairs
-from atp_fast.attribution.runs import PairRuns, both_logits, filled, metric_logits, run_pairs
+from atp_fast.attribution.runs import PairRuns, both_logits, metric_logits, run_pairs
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
 from atp_fast.metrics import METRICS_BY_NAME, Metric, check_rows
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node

@@ -215,11 +215,12 @@ class PairTable:
             spans=None if self.spans is None else self.spans.swapped(),
         )
 
-    def right_padded(self) -> Self:
-        """The same pairs, real tokens starting at column 0, as wide as the longest; padding holds token 0."""
+    def right_padded(self, width: int = 0) -> Self:
+        """The same pairs, real tokens starting at column 0, as wide as the longest, or `width` if that is more; padding holds
+        token 0."""
         positions = self.clean_ids.shape[1]
         longest = int(torch.maximum(self.lengths, self.corrupted_lengths).max())
-        columns = torch.arange(longest, device=self.device)
+        columns = torch.arange(max(longest, width), device=self.device)
 
         def moved(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             real = columns < mask.sum(1)[:, None]
