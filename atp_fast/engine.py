@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atp_fast._version import __version__
-from atp_fast.attribution.batch import sweep_extent
 from atp_fast.attribution.memory import Budget, SweepPlan, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
-from atp_fast.attribution.question import Question, check_method
+from atp_fast.attribution.question import Method, Question, check_method
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.sweep import sweep, sweep_size
 from atp_fast.attribution.tape import check_walk
+from atp_fast.estimates import Estimate, SweepCall, patch_estimate, sweep_estimate
 from atp_fast.hf import Plug, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
-from atp_fast.nodes import Node, check_kinds
+from atp_fast.nodes import Node, NodeSpace, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.patching.diagnostics import MissedBound, bound_missed
@@ -86,23 +86,14 @@ class Engine:
         Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width),
         on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
-        chosen = check_method(method)
-        run_pairs = directed(pairs, direction)
-        self.check_pairs(pairs)
-        measure, kinds = resolve(metric, run_pairs), check_kinds(nodes)
-        space = self.plug.space(pairs.width, kinds)
-        if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
-            reason = self.plug.inspection.refused["graddrop"]
-            raise NotImplementedError(
-                f"method {method!r} is not served on {self.plug.name}: {reason}"
-            )
+        chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
         dtype = accumulation_dtype(next(self.model.parameters()))
         keep = len(pairs) if per_pair else 0
         scores = Scores(space, chosen, self.plug.device, dtype, keep)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
         budget = budget_for(self.plug, self._asked_budget)
-        plan = self._plan(run_pairs, measure, scores, budget)
+        plan = self._plan(run_pairs, measure, chosen, space, budget)
         batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
@@ -138,6 +129,44 @@ class Engine:
             clean_value=clean_value,
             corrupted_value=corrupted_value,
             metadata=self._metadata(pairs, seconds),
+        )
+
+    @recording
+    def estimate_patch(
+        self,
+        pairs: PromptPairs,
+        nodes: Sequence[Node],
+        metric: MetricLike = Question.metric,
+        direction: Direction = Question.direction,
+    ) -> Estimate:
+        """What `patch` would take with the same arguments, as `estimate` says it."""
+        listed = list(nodes)
+        patching = self.patching(pairs, self._checked_kinds(pairs, listed), metric, direction)
+        return patch_estimate(
+            self.plug, patching, listed, budget_for(self.plug, self._asked_budget)
+        )
+
+    @recording
+    def estimate(
+        self,
+        pairs: PromptPairs,
+        metric: MetricLike = Question.metric,
+        method: str = Question.method,
+        nodes: Sequence[str] = Question.nodes,
+        direction: Direction = Question.direction,
+        per_pair: bool = Question.per_pair,
+    ) -> Estimate:
+        """What `attribute` would take with the same arguments: seconds, and bytes on each device (`estimates.Estimate`).
+
+        Nothing but a layer of each kind is run, on the first batch of pairs.
+        """
+        chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
+        dtype = accumulation_dtype(next(self.model.parameters()))
+        budget = budget_for(self.plug, self._asked_budget)
+        plan = self._plan(run_pairs, measure, chosen, space, budget)
+        call = SweepCall(measure, chosen, space, dtype, per_pair)
+        return sweep_estimate(
+            self.plug, run_pairs, self._batches(run_pairs, plan.pairs), plan, call
         )
 
     def patch(
@@ -249,10 +278,7 @@ class Engine:
         columns = len(distinct) if sets is None else len(sets)
         if columns == 0:
             raise ValueError(f"{'nodes' if sets is None else 'subsets'} must not be empty, got []")
-        kinds = _kinds_of(distinct)
-        space = self.plug.space(pairs.width, kinds)
-        for node in distinct:
-            space.check(node)
+        kinds = self._checked_kinds(pairs, distinct)
         numbers = None
         if sets is not None:
             place = {node: i for i, node in enumerate(distinct)}
@@ -280,11 +306,39 @@ class Engine:
 
     # ---- plans and checks
 
+    def _checked_kinds(self, pairs: PromptPairs, nodes: Sequence[Node]) -> tuple[str, ...]:
+        """The kinds of nodes that can be patched on these pairs; raises ValueError where one cannot."""
+        kinds = _kinds_of(nodes)
+        space = self.plug.space(pairs.width, kinds)
+        for node in nodes:
+            space.check(node)
+        return kinds
+
+    def _asked(
+        self,
+        pairs: PromptPairs,
+        metric: MetricLike,
+        method: str,
+        nodes: Sequence[str],
+        direction: Direction,
+    ) -> tuple[Method, PromptPairs, Metric, NodeSpace]:
+        """An attribution's arguments, checked: the method, the pairs as they are run, the metric and the nodes."""
+        chosen = check_method(method)
+        run_pairs = directed(pairs, direction)
+        self.check_pairs(pairs)
+        measure = resolve(metric, run_pairs)
+        space = self.plug.space(pairs.width, check_kinds(nodes))
+        if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
+            reason = self.plug.inspection.refused["graddrop"]
+            raise NotImplementedError(
+                f"method {method!r} is not served on {self.plug.name}: {reason}"
+            )
+        return chosen, run_pairs, measure, space
+
     def _plan(
-        self, pairs: PromptPairs, metric: Metric, scores: Scores, budget: Budget
+        self, pairs: PromptPairs, metric: Metric, method: Method, space: NodeSpace, budget: Budget
     ) -> SweepPlan:
-        extent = sweep_extent(self.plug, pairs)
-        size = sweep_size(self.plug, scores, metric, pairs, *extent, self.precision)
+        size = sweep_size(self.plug, pairs, metric, method, space.kinds, self.precision)
         together = metric.all_pairs_at_once
         return plan_sweep(self.plug, budget, size, pairs=len(pairs), together=together)
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "atp_fast"
 ROOMS = (
     *("_moved", "_version", "extras", "files", "nodes"),
     *("prompts", "metrics", "models", "kernels", "ops", "hf", "attribution", "patching", "results"),
-    *("engine", "study", "distributed", "integrations", "cli"),
+    *("estimates", "engine", "study", "distributed", "integrations", "cli"),
 )
 TRANSFORMERS = ("hf", "models", "engine", "attribution.literal")
 """Who may import transformers: the literal code shares nothing with hf on purpose, so that an error cannot hide."""

@@ -268,9 +268,9 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def stored_pairs(plug: Plug, room: int, positions: int, kinds: Sequence[str]) -> int:
-    """Pairs whose two runs exact patching can store in `room` bytes, at least one: layer inputs of both, the corrupted values
-    of `kinds`, the clean keys and values."""
+def stored_pair(plug: Plug, start: int, positions: int, kinds: Sequence[str]) -> int:
+    """Bytes that exact patching stores of a pair: layer inputs of both runs and the corrupted values of `kinds` at `positions`
+    positions, the clean keys and values there and at the `start` positions before them."""
     found, layers = plug.inspection, len(plug.layers)
     keys_values = found.kv_heads * (found.head_dim + found.v_dim)
     widths = {
@@ -281,8 +281,13 @@ def stored_pairs(plug: Plug, room: int, positions: int, kinds: Sequence[str]) ->
         "neuron": found.neurons,
     }
     values = sum(widths.get(kind, found.hidden) for kind in kinds if kind != "resid_pre")
-    position = 2 * (layers + 1) * found.hidden + layers * (keys_values + values)
-    return max(1, room // (plug.itemsize * position * positions))
+    position = 2 * (layers + 1) * found.hidden + layers * values
+    return plug.itemsize * (positions * position + (start + positions) * layers * keys_values)
+
+
+def stored_pairs(plug: Plug, room: int, positions: int, kinds: Sequence[str]) -> int:
+    """Pairs that exact patching can store in `room` bytes, at least one."""
+    return max(1, room // stored_pair(plug, 0, positions, kinds))
 
 
 def patched_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:

@@ -117,23 +117,23 @@ def key_fixed(method: Method, kinds: Sequence[str]) -> bool:
 
 def sweep_size(
     plug: Plug,
-    scores: Scores,
-    metric: Metric,
     pairs: PromptPairs,
-    start: int,
-    positions: int,
+    metric: Metric,
+    method: Method,
+    kinds: tuple[str, ...],
     precision: str | None,
 ) -> SweepSize:
-    """What a sweep of pairs has to do; start, positions: as sweep_extent gives them."""
+    """What a sweep of pairs has to do."""
+    start, positions = sweep_extent(plug, pairs)
     return SweepSize(
         positions=positions,
         prefix=start,
-        cotangents=len(plug.layers) + 1 if scores.method.graddrop else 1,
-        kinds=scores.space.kinds,
+        cotangents=len(plug.layers) + 1 if method.graddrop else 1,
+        kinds=kinds,
         logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
         precision=precision,
         spans=pairs.spans is not None,
-        statistics=key_fixed(scores.method, scores.space.kinds),
+        statistics=key_fixed(method, kinds),
     )
 
 

@@ -163,14 +163,19 @@ class LayeredModel:
         return max(sum(p.numel() for p in layer.module.parameters()) for layer in self.layers)
 
     @functools.cached_property
-    def first_of_each_kind(self) -> list[int]:
-        """The lowest layer of each kind: of the same modules, with parameters of the same shapes."""
-        firsts: dict[tuple[Any, ...], int] = {}
+    def alike(self) -> list[list[int]]:
+        """The layers of each kind: of the same modules, with parameters of the same shapes."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, layer in enumerate(self.layers):
             shapes = (p.shape for p in layer.module.parameters())
             kind = (*(type(module) for module in layer.module.modules()), *shapes)
-            firsts.setdefault(kind, number)
-        return list(firsts.values())
+            kinds.setdefault(kind, []).append(number)
+        return list(kinds.values())
+
+    @property
+    def first_of_each_kind(self) -> list[int]:
+        """The lowest layer of each kind."""
+        return [numbers[0] for numbers in self.alike]
 
     @functools.cached_property
     def _linears(self) -> list[nn.Module]:
