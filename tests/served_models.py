@@ -34,7 +34,7 @@ from atp_fast.attribution.literal import literal_attribution
 from atp_fast.metrics import resolve
 from atp_fast.nodes import KINDS, NodeSpace
 from naive_attribution import naive_attribution
-from naive_patching import naive_effects
+from naive_patching import PARTS, naive_effects
 
 TIME_LIMIT = 120  # seconds for a type
 MEMORY = 10 << 30
@@ -114,8 +114,11 @@ def _attribution_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str])
         wanted = literal_attribution(engine.model, pairs, "nll", method, kinds)[:2]
         beside = "literal"
     except NotImplementedError:
-        known = [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
+        known = _named(engine, kinds)
         wanted = naive_attribution(engine.model, pairs, resolve("nll", pairs), known, graddrop)
+        for kind in known:  # modules that the naive code takes for writes stand in other layers too
+            for layer, count in enumerate(found.space.in_layers(kind)):
+                wanted[0][kind][layer, :, count:] = wanted[1][kind][layer, :, count:] = 0
         beside = "naive"
     errors = [
         _share(ours[kind], right[kind])
@@ -126,9 +129,15 @@ def _attribution_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str])
     return {"method": method, "beside": beside, "atp": max(errors), "smallest": moved}
 
 
+def _named(engine: Engine, kinds: Sequence[str]) -> list[str]:
+    """The kinds that naive_patching.py knows by the names of modules."""
+    if engine.model.config.model_type in PARTS:
+        return list(kinds)
+    return [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
+
+
 def _patching_error(engine: Engine, pairs: PromptPairs, kinds: Sequence[str]) -> tuple[float, int]:
-    known = [kind for kind in kinds if kind not in ("attn_out", "mlp_out")]
-    space: NodeSpace = engine.plug.space(pairs.width, known)
+    space: NodeSpace = engine.plug.space(pairs.width, _named(engine, kinds))
     nodes = random.Random(0).sample(list(space), min(PATCHED, len(space)))
     found = engine.patch(pairs, nodes, "nll", progress=False).effect
     wanted, _ = naive_effects(
@@ -195,7 +204,7 @@ _PAGE = """<!-- written by {command} -->
 # Models
 
 Of the {types} causal language model types that transformers {version} registers, **{served} are served exactly**: {all_nodes} with every
-kind of node, {no_neurons} without neurons (mixtures of experts), {no_graddrop} by `atp` and `atp+qk` alone, without GradDrop and writes.
+kind of node, {no_neurons} without neurons (experts that do not go through transformers' interface), {no_graddrop} by `atp` and `atp+qk` alone, without GradDrop and writes.
 {refused} are refused with a reason{not_built}. `{command}` made this page on {day}: it takes about twenty minutes.
 
 Each type is a tiny model of three layers with random float64 weights, in a process of its own. What a model computes in float32
@@ -213,6 +222,13 @@ All three to {limit:.0e} of the largest value or effect; the worst of all types 
 Models that write out their own softmax run their own code on scores that are noted and not formed. Layers without attention (state spaces,
 linear attention) have neurons and writes, and cotangents go through them by autograd. Both are run from a prompt's first token: tokens that
 all pairs share are not run once for all.
+
+Layers may differ: in heads, head size and neurons (a dense layer below mixtures of experts), in having no attention or no MLP. A node that a
+layer lacks is in no table and is refused by name. A layer's writes are found by what they add up to, each times a number; so is what the
+layer multiplies its input with on its way past them, which GradDrop's cotangents are multiplied with too. Of two mixers side by side
+(falcon_h1) attention's write is `attn_out`; a mixture's routed experts beside shared ones that are no part of it (granitemoehybrid) leave no
+`mlp_out`. Attention in chunks (llama4) is one attention for each chunk. Models whose layers normalise the sum of input and write
+(bert, minimax) have no write to hold, and so no GradDrop.
 
 ## Served
 

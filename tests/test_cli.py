@@ -293,6 +293,17 @@ def test_doctor_of_a_served_model():
     }
 
 
+def test_doctor_says_what_the_engine_does(monkeypatch):
+    """Also of what only opening an engine tries."""
+
+    def refuse(plug):
+        raise NotImplementedError(f"{plug.name} is not served: its cotangents differ")
+
+    monkeypatch.setattr("atp_fast.engine.check_walk", refuse)
+    stdout, _ = run("doctor", "--model", LLAMA, code=1)
+    assert "refused: LlamaForCausalLM is not served: its cotangents differ" in stdout
+
+
 def test_doctor_of_an_encoder_decoder(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path)
     stdout, _ = run("doctor", "--model", tmp_path, code=1)

@@ -13,13 +13,16 @@ import tiny_models
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
-# the interface; own softmax: a table of masks, ALiBi, one key head; post-norm; latent attention with experts; a hybrid
-SERVED = ("llama", "gpt_neo", "bloom", "falcon", "bert", "deepseek_v3", "lfm3")
+# the interface; own softmax: a table of masks, ALiBi, one key head; post-norm; latent attention with experts; a hybrid; a dense
+# layer below experts; heads of two sizes
+SERVED = "llama gpt_neo bloom falcon bert deepseek_v3 lfm3 glm4_moe gemma4_text".split()
 REFUSED = {
     "mamba": "no attention heads",
     "diffllama": "computes attention 2 times",
-    "llama4_text": "no causal mask or causal sliding window",
-    "hy_v4": "no gradient flows through self_attn.indexer",
+    "inkling_text": "'position_bias' (a number of its own for each query and key)",
+    "deepseek_v32": "runs self_attn.indexer.wq_b (Linear) without gradients: an indexer",
+    "zaya": "layer 1 is given more of the layer before it than its hidden states",
+    "qwen4_exp_text": "layer 1: self_attn.indexer (Qwen4ExpTextQSAIndexer) raises IndexError",
 }
 
 

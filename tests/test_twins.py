@@ -109,6 +109,25 @@ def test_a_rotation_of_other_pairs_stays_the_models() -> None:
         assert torch.equal(got, right)
 
 
+def test_a_rotation_of_one_tensor_stays_the_models() -> None:
+    """As an indexer's, of queries alone."""
+    file: Any = type(sys)("alone")
+    file.apply_rotary_pos_emb = lambda q, cos, sin, unsqueeze_dim=1: (
+        q * cos.unsqueeze(unsqueeze_dim)
+    )
+    from atp_fast.hf.attention import LayerRun, running
+
+    token = running.set(LayerRun("reference"))
+    try:
+        with own_rotations([file]):
+            x = torch.ones(2, 3, 5, 8)
+            table = torch.full((2, 5, 8), 3.0)
+            assert torch.equal(file.apply_rotary_pos_emb(x, cos=table, sin=table), 3 * x)
+            assert torch.equal(file.apply_rotary_pos_emb(x, table, table), 3 * x)
+    finally:
+        running.reset(token)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox", "opt"])
 def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(family, torch.float32)

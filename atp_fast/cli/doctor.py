@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -29,27 +30,32 @@ def doctor(
 
 
 def _print_model(name: str) -> None:
-    from atp_fast.hf import inspect_model
+    from atp_fast.engine import Engine
     from atp_fast.models import load_model
 
     try:
         network, _ = load_model(name)
     except NotImplementedError as error:
         _refuse(name, str(error))
-    found = inspect_model(network)
-    if not found.served:
-        _refuse(name, str(found.reason))
+    try:
+        found = Engine(network).plug.inspection
+    except (NotImplementedError, ValueError) as error:
+        _refuse(name, str(error))
     facts = {
         "layers": found.layers,
         "query heads": found.heads,
         "key/value heads": found.kv_heads,
-        "neurons per layer": found.neurons,
+        "neurons per layer": _in_layers(found.counts.get("neuron", (found.neurons,))),
         "context": found.context or "no limit",
     }
     typer.echo(f"\n{name}: served ({found.model})")
     _print_table({key: str(value) for key, value in facts.items()})
     for kind, reason in found.refused.items():
         typer.echo(f"without {kind}: {reason}")
+
+
+def _in_layers(counts: Sequence[int]) -> str:
+    return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
 def _refuse(name: str, reason: str) -> None:

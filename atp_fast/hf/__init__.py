@@ -7,7 +7,7 @@ from atp_fast.hf.attention import LayerRun, Prefix, Visit
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
 from atp_fast.hf.options import AttentionOptions
-from atp_fast.hf.plug import Plug, inspect_model
+from atp_fast.hf.plug import Plug
 from atp_fast.hf.switching import recording
 
 __all__ = [
@@ -20,6 +20,5 @@ __all__ = [
     "Visit",
     "FiniteCheck",
     "check_finite",
-    "inspect_model",
     "recording",
 ]

@@ -31,7 +31,7 @@ _ARGUMENTS = {"position_bias": " (a number of its own for each query and key)"}
 # What a mask is called that our attention does not compute; chunks of n positions are called _CHUNKS - n.
 _NOT_CAUSAL, _OF_THE_INPUT, _CHUNKS = -1, -2, -2
 _FOREIGN_MASKS = {
-    _NOT_CAUSAL: "is no causal mask, causal sliding window or causal mask in chunks",
+    _NOT_CAUSAL: "is no causal mask or causal sliding window, nor a causal mask in chunks",
     _OF_THE_INPUT: "depends on the model's input",
 }
 

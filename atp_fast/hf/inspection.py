@@ -44,16 +44,14 @@ class Layer:
 
 @dataclass
 class Inspection:
-    """Whether atp_fast serves a model, and its shape; `refused` says per node kind why it cannot be had.
+    """The shape of a model that is served; `refused` says per node kind why it cannot be had.
 
     Where layers differ, heads, dimensions and neurons are the largest, and `counts` has the nodes per position layer by layer,
     by kind.
     """
 
-    served: bool
-    reason: str | None = None
-    model: str = ""
-    layers: int = 0
+    model: str
+    layers: int
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -129,7 +127,13 @@ def trace(
                 hook = module.register_forward_hook(note, with_kwargs=True)
                 hooks.callback(hook.remove)
         run.visit = attended
-        out = layer.module(x, *args, **kwargs)
+        try:
+            out = layer.module(x, *args, **kwargs)
+        except (IndexError, KeyError, TypeError) as error:  # its eager run had none
+            inside = entered[-1] if entered else layer.module
+            raise NotImplementedError(
+                f"{names[inside]} ({type(inside).__name__}) raises {type(error).__name__} where attention is taken over"
+            ) from error
     return first_tensor(out), calls
 
 

@@ -34,14 +34,6 @@ _COUNTED_FROM_0 = ("attn_temperature_tuning",)
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
-def inspect_model(model: nn.Module) -> Inspection:
-    """What `Engine` would say of a model, without raising."""
-    try:
-        return Plug(model).inspection
-    except (NotImplementedError, TypeError, ValueError) as error:
-        return Inspection(False, str(error), type(model).__name__)
-
-
 class Plug(LayeredModel):
     """A causal language model, taken apart at its layers, without per-model code; `inspection` says what it is made of.
 
@@ -81,7 +73,7 @@ class Plug(LayeredModel):
         return f"its layers do not run one after the other on hidden states alone ({type(error).__name__})"
 
     def _open(self) -> None:
-        self.inspection = Inspection(True, None, self.name, len(self.layers))
+        self.inspection = Inspection(self.name, len(self.layers))
         config = self.model.config.get_text_config(decoder=True)
         self.inspection.context = getattr(config, "max_position_embeddings", None)
         parameters = inspect.signature(self.model.forward).parameters

@@ -55,11 +55,12 @@ def own_rotations(files: Sequence[ModuleType]) -> Iterator[None]:
                     _users[file] = count - 1, own
 
 
-def _rotation(own: Callable[..., Any], q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _rotation(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     run = running.get()
-    if run is None or kwargs or len(args) != 2 or not _fits(own, q, k, *args):
-        return own(q, k, *args, **kwargs)
-    cos, sin = (x.expand(len(q), -1, -1) for x in args)
+    if run is None or kwargs or len(args) != 4 or not _fits(own, *args):
+        return own(*args, **kwargs)
+    q, k, *tables = args
+    cos, sin = (x.expand(len(q), -1, -1) for x in tables)
     return tuple(rotate(x, cos, sin, run.backend) for x in (q, k))
 
 
