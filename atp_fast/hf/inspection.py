@@ -214,7 +214,8 @@ def find_writes(
 
     out = skip * x + the sum of number * write, but for a constant. There are two writes, or one in a layer that is only a
     mixer or only an MLP (mlp: it has neurons), or three. Of the layer's own parts (of all its modules, where none of them do)
-    those are taken that add up best. Raises NotImplementedError where none add up to rounding.
+    those are taken that add up best, with all numbers 1 if there are such. Raises NotImplementedError where none add up to
+    rounding.
     """
     own = {*layer.module.children(), attention}
     every = set(layer.module.modules())
@@ -222,10 +223,10 @@ def find_writes(
         if count == 1 and attention is not None and mlp:
             continue
         given = [c for c in calls if c.module in parts and c.output.numel() == x.numel()]
-        for skips in (False, True):
+        for free in ("nothing", "numbers", "skip and numbers"):
             best, chosen = float(_ROUNDINGS), None
             for some in itertools.combinations(given, count):
-                error, skip = _adds_up([c.output.reshape(x.shape) for c in some], x, out, skips)
+                error, skip = _adds_up([c.output.reshape(x.shape) for c in some], x, out, free)
                 # in order: a dropout after a write, which changes nothing, is not taken for it
                 if error < best:
                     best, chosen, layer.skip = error / 2, some, skip
@@ -236,26 +237,28 @@ def find_writes(
     )
 
 
-def _adds_up(writes: Sequence[Tensor], x: Tensor, out: Tensor, skips: bool) -> tuple[float, float]:
-    """How far, in roundings, out is from skip * x + numbers * writes + a constant, and the skip, which is 1 unless `skips`.
+def _adds_up(writes: Sequence[Tensor], x: Tensor, out: Tensor, free: str) -> tuple[float, float]:
+    """How far, in roundings, out is from skip * x + numbers * writes + a constant, and the skip.
 
-    Infinitely far where it goes without one of the writes.
+    free: what of these is not 1 but fits best. Infinitely far where one of the writes then counts for nothing.
     """
     terms = torch.stack([x, *writes, out]).double()
     unit = torch.finfo(out.dtype).eps * terms.abs().sum(0)
     unit = (unit + unit[:, :1]).clamp(min=torch.finfo(out.dtype).tiny)
-    *rows, rest = ((terms - terms[:, :, :1]) / unit).flatten(1)
-    if not skips:
-        rest = rest - rows.pop(0)
-    free = torch.stack(list(rows))
-    inverse = torch.linalg.pinv(free @ free.T, hermitian=True)
-    numbers = torch.zeros_like(free[:, 0])
+    rows = ((terms - terms[:, :, :1]) / unit).flatten(1)
+    given, rest = rows[:-1], rows[-1]
+    if free == "nothing":
+        return float((rest - given.sum(0)).abs().max()), 1.0
+    if free == "numbers":
+        given, rest = given[1:], rest - given[0]
+    inverse = torch.linalg.pinv(given @ given.T, hermitian=True)
+    numbers = torch.zeros_like(given[:, 0])
     for _ in range(3):  # what the squared numbers lose in digits comes back
-        step = inverse @ (free @ rest)
-        numbers, rest = numbers + step, rest - step @ free
-    least = float((numbers[:, None] * free).abs().amax(1).min())
+        step = inverse @ (given @ rest)
+        numbers, rest = numbers + step, rest - step @ given
+    least = float((numbers[:, None] * given).abs().amax(1).min())
     error = float(rest.abs().max()) if least > _ROUNDINGS else float("inf")
-    return error, float(numbers[0]) if skips else 1.0
+    return error, 1.0 if free == "numbers" else float(numbers[0])
 
 
 def _name_writes(
