@@ -197,3 +197,20 @@ def test_writes(model_type: str) -> None:
         assert (exact - right).abs().max() <= LIMIT * right.abs().max()
     refused = {"mlp_out": "layer 2 adds 2 writes of MLPs"}
     assert engine.plug.inspection.refused == (refused if model_type == "granitemoehybrid" else {})
+
+
+@pytest.mark.parametrize(("model_type", "skip"), [("granite", 1.0), ("beam", 0.6**0.5)])
+def test_writes_in_half_precision(model_type: str, skip: float) -> None:
+    """A few numbers that are very large, as trained models have them, do not hide which modules' outputs are added."""
+    settings = {"residual_multiplier": 0.3} if model_type == "granite" else {}
+    model = tiny_models.build(model_type, **settings)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 7] = 2000
+    engine = Engine(model.to(torch.bfloat16), "reference")
+    assert not engine.plug.inspection.refused
+    layer = engine.plug.layers[1]
+    names = {module: name for name, module in layer.module.named_modules()}
+    parts = [names[module] for module in (layer.attn_write, layer.mlp_write) if module is not None]
+    norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
+    assert parts == (norms if model_type == "beam" else ["self_attn", "mlp"])
+    assert abs(layer.skip - skip) < 2e-3
