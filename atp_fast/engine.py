@@ -108,7 +108,9 @@ class Engine:
                     rows=rows.to(self.plug.device),
                     advance=bar.update,
                 )
-                clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()
+                clean_value[rows], corrupted_value[rows] = (
+                    x.to(clean_value) for x in (clean, corrupted)
+                )
         seconds = time.perf_counter() - began
         _warn_of_nothing(scores, run_pairs, measure)
         counts = pairs.present.sum(0).cpu()

@@ -166,14 +166,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/engine.py",
-        "clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()",
-        "clean_value[rows], corrupted_value[rows] = corrupted.cpu(), clean.cpu()",
+        "x.to(clean_value) for x in (clean, corrupted)",
+        "x.to(clean_value) for x in (corrupted, clean)",
         SWEEP,
     ),
     Fault(
         "atp_fast/engine.py",
-        "clean_value[rows], corrupted_value[rows] = clean.cpu(), corrupted.cpu()",
-        "clean_value[: len(rows)], corrupted_value[: len(rows)] = clean.cpu(), corrupted.cpu()",
+        "clean_value[rows], corrupted_value[rows] = (",
+        "clean_value[: len(rows)], corrupted_value[: len(rows)] = (",
         SWEEP,
     ),
     Fault(
@@ -494,7 +494,7 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/results/attribution.py",
-        "dict(widths), *counts)",
+        "dict(widths), counts)",
         "dict(widths))",
         SHAPES + " -k files",
     ),

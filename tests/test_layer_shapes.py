@@ -150,14 +150,18 @@ def test_what_is_listed() -> None:
 
 
 def test_files_of_layers_that_differ(tmp_path: Path) -> None:
-    model = zoo.build("llama", wide_norms=True)
-    both(model)
+    """A mixer, a mixture of experts, attention or an MLP in each layer; logits in float32 whatever the weights."""
+    model = tiny_models.build("nemotron_h")
     pairs = zoo.random_pairs(model, 2, 6)
-    found = Engine(model, "reference").attribute(pairs, nodes=("k", "neuron"), progress=False)
+    kinds = ("q", "neuron", "attn_out")
+    found = Engine(model, "reference").attribute(pairs, nodes=kinds, progress=False)
     found.save(tmp_path / "run.safetensors")
     again = Attribution.load(tmp_path / "run.safetensors")
-    assert list(again.space) == list(found.space)
+    assert again.space == found.space
     assert again.top(50) == found.top(50)
+    again.report(tmp_path / "report.html")
+    again.to_csv(tmp_path / "nodes.csv")
+    assert len((tmp_path / "nodes.csv").read_text().splitlines()) == 1 + 6 * (4 + 96 + 40 + 1 + 1)
 
 
 # ---- writes

@@ -94,9 +94,10 @@ class Attribution(NodeScores):
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
         with loading(path, "attribution") as (tensors, header):
-            layers, positions, widths, *counts = header["space"]  # early files have no counts
+            layers, positions, widths, *more = header["space"]  # early files have no counts
+            counts = {kind: tuple(own) for part in more for kind, own in part.items()}
             prompts = header.get("prompts")  # files of early versions have none
-            space = NodeSpace(layers, positions, dict(widths), *counts)
+            space = NodeSpace(layers, positions, dict(widths), counts)
 
             def table(name: str) -> dict[str, Tensor]:
                 return {kind: tensors[f"{name}.{kind}"] for kind in space.kinds}
