@@ -204,7 +204,8 @@ _PAGE = """<!-- written by {command} -->
 # Models
 
 Of the {types} causal language model types that transformers {version} registers, **{served} are served exactly**: {all_nodes} with every
-kind of node, {no_neurons} without neurons (experts that do not go through transformers' interface), {no_graddrop} by `atp` and `atp+qk` alone, without GradDrop and writes.
+kind of node, {no_neurons} without neurons (experts that do not go through transformers' interface), {no_mlp} without `mlp_out` (shared experts beside
+routed ones), {no_graddrop} by `atp` and `atp+qk` alone, without GradDrop and writes.
 {refused} are refused with a reason{not_built}. `{command}` made this page on {day}: it takes about twenty minutes.
 
 Each type is a tiny model of three layers with random float64 weights, in a process of its own. What a model computes in float32
@@ -266,6 +267,7 @@ def page(found: Sequence[Row]) -> str:
         served=len(served),
         all_nodes=sum(not row["refused"] for row in served),
         no_neurons=sum(set(row["refused"]) == {"neuron"} for row in served),
+        no_mlp=sum(set(row["refused"]) == {"mlp_out"} for row in served),
         no_graddrop=sum("graddrop" in row["refused"] for row in served),
         refused=len(refused),
         not_built=f", {len(others)} could not be built tiny" if others else "",
