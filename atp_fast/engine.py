@@ -17,6 +17,7 @@ from atp_fast._version import __version__
 from atp_fast.attribution.memory import Budget, SweepPlan, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
 from atp_fast.attribution.question import Method, Question, check_method
+from atp_fast.attribution.replay import Replays
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.sweep import sweep, sweep_size
 from atp_fast.attribution.tape import check_walk
@@ -45,7 +46,9 @@ class Engine:
     3 % of the largest of their kind (tests/test_precision.py, three layers). On a model that itself is in bfloat16
     effects lie within 2 % of the largest of all, beside the same weights in float32 (trained tiny models);
     memory_budget: bytes, a size such as "8GiB", or "auto" (None), half of what is free, for what a call needs beside
-    the model and its result; it changes how much is done at once, never the numbers beyond rounding.
+    the model and its result; it changes how much is done at once, never the numbers beyond rounding;
+    replay: by backend "triton", batches of shapes that the engine met before are swept by CUDA graphs, which give the
+    same bits (docs/gpu.md); False never records one.
     Raises TypeError, ValueError or NotImplementedError, naming the model's class and the reason, for a model that is
     not in evaluation mode, cannot be intercepted, or cannot be served exactly.
     """
@@ -57,14 +60,18 @@ class Engine:
         backend: str = "auto",
         precision: str | None = None,
         memory_budget: int | str | None = None,
+        replay: bool = True,
     ) -> None:
         check_backend(backend)
+        if not isinstance(replay, bool):
+            raise TypeError(f"replay must be True or False, got {replay!r}")
         self.precision = check_precision(precision)
         self._asked_budget = read_budget(memory_budget)
         self.plug = Plug(model, backend)
         check_walk(self.plug)
         self.model = self.plug.model
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
+        self._replays = Replays() if replay and self.backend == "triton" else None
 
     @recording
     def attribute(
@@ -92,14 +99,18 @@ class Engine:
         scores = Scores(space, chosen, self.plug.device, dtype, keep)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
-        budget = budget_for(self.plug, self._asked_budget)
+        budget = self._budget()
         plan = self._plan(run_pairs, measure, chosen, space, budget)
         batches = self._batches(run_pairs, plan.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
         with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
+            run = sweep
+            if self._replays is not None:
+                self._replays.opened(self.plug, budget)
+                run = self._replays.sweep
             for rows in batches:
-                clean, corrupted = sweep(
+                clean, corrupted = run(
                     self.plug,
                     run_pairs[rows],
                     measure,
@@ -144,9 +155,7 @@ class Engine:
         """What `patch` would take with the same arguments, as `estimate` says it."""
         listed = list(nodes)
         patching = self.patching(pairs, self._checked_kinds(pairs, listed), metric, direction)
-        return patch_estimate(
-            self.plug, patching, listed, budget_for(self.plug, self._asked_budget)
-        )
+        return patch_estimate(self.plug, patching, listed, self._budget())
 
     @recording
     def estimate(
@@ -164,7 +173,7 @@ class Engine:
         """
         chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
         dtype = accumulation_dtype(next(self.model.parameters()))
-        budget = budget_for(self.plug, self._asked_budget)
+        budget = self._budget()
         plan = self._plan(run_pairs, measure, chosen, space, budget)
         call = SweepCall(measure, chosen, space, dtype, per_pair)
         return sweep_estimate(
@@ -258,7 +267,8 @@ class Engine:
         self.check_pairs(pairs)
         kinds = check_kinds(kinds) if kinds else ()  # empty subsets alone have none
         self.plug.space(1, kinds)
-        budget = budget_for(self.plug, self._asked_budget)
+        budget = self._budget()
+        budget = budget._replace(bytes=max(1, budget.bytes - self._held()))
         return Patching(self.plug, run_pairs, resolve(metric, run_pairs), kinds, budget)
 
     @recording
@@ -336,6 +346,13 @@ class Engine:
                 f"method {method!r} is not served on {self.plug.name}: {reason}"
             )
         return chosen, run_pairs, measure, space
+
+    def _budget(self) -> Budget:
+        return budget_for(self.plug, self._asked_budget, self._held())
+
+    def _held(self) -> int:
+        """Bytes of recorded sweeps."""
+        return 0 if self._replays is None else self._replays.bytes
 
     def _plan(
         self, pairs: PromptPairs, metric: Metric, method: Method, space: NodeSpace, budget: Budget

@@ -7,8 +7,8 @@ scores are compared before anything is timed. Both sides run with their defaults
   share_of_bound                               the time that the products alone would take at the best rate, by ours
   extra_peak_bytes                             resident memory above the loaded model, in a process of its own
   operations_per_second                        of matrix products, measured in the same rounds
-Where there is a GPU, the model is a Llama of 1.2 billion weights in bfloat16, the literal reference runs in its dtype, and
-memory is the GPU's.
+Where there is a GPU, the model is a Llama of 1.2 billion weights in bfloat16, the literal reference runs in its dtype,
+memory is the GPU's, and the engine sweeps both eagerly and by what it recorded ("replayed").
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ GPU = DEVICE == "cuda"
 REPEATS = 3 if GPU else 1
 SMALL_BUDGET = "150MiB"
 """Given to AtP* on long prompts beside the default: less memory, more time."""
+RECORDED = 3
+"""Calls until a sweep is recorded and compared."""
 AGREEMENT = 1e-3
 """Largest difference of float32 scores, by the largest score of the kind."""
 
@@ -61,13 +63,19 @@ class Provider(NamedTuple):
     method: str
     precision: str | None = None
     memory_budget: str | None = None
+    replay: bool = False
 
     def columns(self, dtype: str) -> dict[str, str]:
         """The row columns that tell it from others."""
         name = self.name if self.name == "literal" else f"atp_fast {self.backend}"
-        budget = f", memory_budget={self.memory_budget}" if self.memory_budget else ""
+        mode = (
+            f"{self.method}, memory_budget={self.memory_budget}"
+            if self.memory_budget
+            else self.method
+        )
+        mode += ", replayed" if self.replay else ""
         products = f", products {self.precision}" if self.precision else ""
-        return {"provider": name, "mode": self.method + budget, "dtype": dtype + products}
+        return {"provider": name, "mode": mode, "dtype": dtype + products}
 
 
 def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callable[[], object]:
@@ -80,10 +88,17 @@ def setup(model: PreTrainedModel, provider: Provider, positions: int) -> Callabl
         backend=provider.backend,
         precision=provider.precision,
         memory_budget=provider.memory_budget,
+        replay=provider.replay,
     )
-    return lambda: (
-        engine.attribute(pairs, "logit_diff", provider.method, progress=False).contribution
-    )
+
+    def call() -> object:
+        found = engine.attribute(pairs, "logit_diff", provider.method, progress=False)
+        return found.contribution
+
+    if provider.replay:
+        for _ in range(RECORDED):
+            call()
+    return call
 
 
 def check_agreement(model: PreTrainedModel, positions: int, backend: str) -> None:
@@ -118,6 +133,8 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
     ]
     if positions >= 512 and "atp*" in options.methods and not GPU:
         ours.append(Provider("atp_fast", options.backend, "atp*", memory_budget=SMALL_BUDGET))
+    if GPU:
+        ours += [Provider("atp_fast", options.backend, m, replay=True) for m in options.methods]
     literal = [Provider("literal", "", method) for method in options.methods]
     providers = [*([] if positions > options.literal_up_to else literal), *ours]
     paths = product_paths()

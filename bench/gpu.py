@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in eight minutes, the most important first (make gpu).
 
-The engine's and the kernels' tests, then the engine's and the kernels' rows. Each step's output goes to runs/gpu/STEP.log, what
+The engine's and the kernels' tests, then the engine's rows, eager and replayed, and the kernels'. Each step's output goes to runs/gpu/STEP.log, what
 became of it to runs/gpu/summary.json, with device, date and commit; rows go where the benchmarks put them. A step that takes
 longer than its share is cut, so that one that hangs does not cost the others. Exit code 1 where a step failed or was cut.
 Needs torch, triton, transformers and pytest-xdist; atp_fast is installed from these sources where it is not.
@@ -40,7 +40,8 @@ def steps() -> list[Step]:
     bench = [sys.executable, "bench/bench_engine.py", "--no-memory", "--rounds", "3"]
     kernels = [sys.executable, "bench/bench_kernels.py", "--no-gate", "--no-compile"]
     return [
-        Step("engine-tests", [*test, "tests/test_cuda.py"], 120),
+        Step("engine-tests", [*test, "tests/test_cuda.py", "-k", "not replay"], 120),
+        Step("replay-tests", [*test, "tests/test_cuda.py", "-k", "replay"], 90),
         Step("new-op-tests", [*test, "tests/test_add_effects.py", "tests/test_norm.py"], 60),
         Step("op-tests-bf16", [*test, "tests/test_ops_triton.py", "-k", "bf16"], 90),
         Step("engine-rows", [*bench, "--T", "512", "--methods", "atp", "atp*"], 120),

@@ -51,6 +51,7 @@ TWINS = "tests/test_twins.py"
 SHAPES = "tests/test_layer_shapes.py"
 CHUNKS = "tests/test_chunks.py"
 STARTS = "tests/test_launches.py"
+REPLAY = "tests/test_replay.py"
 LINKS = "atp_fast/integrations"
 EAP = "tests/integrations/test_eap.py"
 MIB = "tests/integrations/test_eap_mib.py"
@@ -156,6 +157,97 @@ FAULTS = [
         "    if scoring.key_mask is None:\n        return logsumexp\n",
         "    return logsumexp\n",
         "INTERPRET tests/test_ops_triton.py -k masked",
+    ),
+    # replayed sweeps
+    Fault(
+        "atp_fast/attribution/batch.py",
+        "start -= start % _STEP",
+        "start -= start % -_STEP",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/batch.py",
+        "positions if context is None else min(positions, context - start)",
+        "positions",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "        live=change(batch.live),\n",
+        "",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "        source=part(batch.source),\n",
+        "",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "prefix=None if batch.prefix is None else entered(batch.prefix)",
+        "prefix=batch.prefix",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "        self._cotangent.copy_(cotangent)\n",
+        "",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "replace(self._batch, all_live=False).place",
+        "self._batch.place",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "known.refused = reads.found is not None",
+        "pass",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "if same and recording.sums.equals(scores, place):",
+        "if same:",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "if state != self._state:",
+        "if False:",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "or need > self._room // 2",
+        "",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "known.step *= 2",
+        "pass",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "self._recorded[key] = recording\n            found",
+        "self._recorded = {key: recording, **self._recorded}\n            found",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/sweep.py",
+        "if release():\n                        continue",
+        "if False:\n                        continue",
+        REPLAY,
+    ),
+    Fault(
+        "atp_fast/attribution/scores.py",
+        "rows.index_copy_(0, place.rows,",
+        "rows.index_copy_(0, torch.arange(len(place.rows)),",
+        REPLAY,
     ),
     # pairs that share a start, batches, padding
     Fault(
