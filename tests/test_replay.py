@@ -107,6 +107,7 @@ def planned(**changes: Any) -> Iterator[None]:
 
 TOGETHER = {"together": True, "taped_from": 0}
 """As on a GPU with room."""
+FEW: dict[str, Any] = {"method": "atp", "nodes": ["z", "neuron"]}
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +145,9 @@ def all_positions(logits: Tensor, pairs: PromptPairs) -> Tensor:
 
 
 def spanned(seed: int) -> PromptPairs:
-    """Prompts of unequal lengths, other tokens for every seed."""
-    pairs = pairs_of(UNEQUAL, padding_side="left" if seed % 2 else "right")
+    """Prompts of unequal lengths, in another order and of other tokens for every seed."""
+    rows = UNEQUAL[seed:] + UNEQUAL[:seed]
+    pairs = pairs_of(rows, padding_side="left" if seed % 2 else "right")
     for ids, mask in (
         (pairs.clean_ids, pairs.attention_mask),
         (pairs.corrupted_ids, pairs.corrupted_attention_mask),
@@ -166,6 +168,10 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "one prefix": (
         lambda s: zoo.random_pairs(built("llama"), 1, 24, s, shared_prefix=17 + s % 3),
         *({}, {"taped_from": 2}, {}),
+    ),
+    "every position counts at first": (
+        lambda s: zoo.random_pairs(built("llama"), 3, 16, s, ragged=s > 1),
+        *({}, TOGETHER, {}),
     ),
     "all kinds, per pair": (some_pairs, {}, TOGETHER, {"nodes": KINDS, "per_pair": True}),
     "signed per pair": (some_pairs, {}, {}, {"method": "atp+qk", "per_pair": True}),
@@ -315,10 +321,10 @@ def test_nothing_recorded_is_read(family: str, case: str, backend: str) -> None:
     "read",
     [lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x.cpu()],
 )
-def test_meta_and_the_recorder_notice_what_is_read(
+def test_what_is_read_raises_on_meta(
     read: Any, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read planted in a layer's values: raised on meta; found when a shape is met first, and never recorded."""
+    """A read planted beside the scores."""
     own = Scores.add
 
     def add(scores: Scores, kind: str, layer: int, place: Any, *args: Any, **named: Any) -> None:
@@ -407,7 +413,7 @@ def test_other_models_are_swept_eagerly_without_a_word(
     with warnings.catch_warnings(), mode:
         warnings.simplefilter("error")
         for seed in range(3):
-            both.attribute(some_pairs(seed))
+            both.attribute(some_pairs(seed), **FEW)
     assert both.recorders == []
     if what == "hook":
         handle.remove()
@@ -431,7 +437,7 @@ def test_weights_may_change_in_place(llama: PreTrainedModel) -> None:
     for seed in range(4):
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-        both.attribute(some_pairs(seed))
+        both.attribute(some_pairs(seed), **FEW)
     assert both.replayed() == [2]
 
 
@@ -440,9 +446,9 @@ def test_another_model_is_recorded_anew(what: str, llama: PreTrainedModel) -> No
     model = copy.deepcopy(llama)
     both = Both(model)
     for seed in range(3):
-        both.attribute(some_pairs(seed))
+        both.attribute(some_pairs(seed), **FEW)
     layer = model.model.layers[1]
-    before = both.replaying.attribute(some_pairs(7), progress=False)
+    before = both.replaying.attribute(some_pairs(7), progress=False, **FEW)
     if what == "weight":
         weight = layer.mlp.up_proj.weight.detach() * 2
         layer.mlp.up_proj.weight = torch.nn.Parameter(weight)
@@ -452,9 +458,9 @@ def test_another_model_is_recorded_anew(what: str, llama: PreTrainedModel) -> No
         layer.scale = {"outputs": [2.0]}
         own = layer.mlp.forward
         layer.mlp.forward = lambda x: own(x) * layer.scale["outputs"][0]
-        both.attribute(some_pairs(7))
+        both.attribute(some_pairs(7), **FEW)
         layer.scale["outputs"][0] = 3.0
-    after = both.attribute(some_pairs(7))
+    after = both.attribute(some_pairs(7), **FEW)
     assert not torch.equal(before.contribution["neuron"], after.contribution["neuron"])
     assert both.replayed() == [2]
 
@@ -502,7 +508,7 @@ def test_out_of_memory_is_an_eager_sweep(
     both.replays._graphs = Short
     with pytest.warns(UserWarning, match="out of memory.*: sweeping eagerly, as") as said:
         for seed in range(9):
-            both.attribute(some_pairs(seed))
+            both.attribute(some_pairs(seed), **FEW)
     assert len(said) == 1
     assert both.replays.bytes == 0 or when != "capture"
 
@@ -536,7 +542,7 @@ def test_a_wrong_recording_gives_no_number(
     both.replays._graphs = graphs
     with pytest.warns(UserWarning, match=message) as said:
         for seed in range(4):
-            both.attribute(some_pairs(seed))
+            both.attribute(some_pairs(seed), **FEW)
     assert len(said) == 1
     assert both.replays.bytes == 0
 
@@ -545,11 +551,11 @@ def test_what_is_not_finite_is_told_as_ever(llama: PreTrainedModel) -> None:
     model = copy.deepcopy(llama)
     both = Both(model)
     for seed in range(3):
-        both.attribute(some_pairs(seed))
+        both.attribute(some_pairs(seed), **FEW)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(torch.inf)
     with pytest.raises(ValueError, match="not finite .* in layer 1"):
-        both.replaying.attribute(some_pairs(3), progress=False)
+        both.replaying.attribute(some_pairs(3), progress=False, **FEW)
     assert both.replayed() == [1]
 
 
@@ -561,12 +567,12 @@ def test_a_metric_that_raises_leaves_the_recording_good(llama: PreTrainedModel) 
 
     both, raises = Both(llama), False
     for seed in range(3):
-        both.attribute(some_pairs(seed), metric=picky)
+        both.attribute(some_pairs(seed), metric=picky, **FEW)
     raises = True
     with pytest.raises(ArithmeticError):
-        both.replaying.attribute(some_pairs(3), metric=picky, progress=False)
+        both.replaying.attribute(some_pairs(3), metric=picky, progress=False, **FEW)
     raises = False
-    both.attribute(some_pairs(3), metric=picky)
+    both.attribute(some_pairs(3), metric=picky, **FEW)
     assert len(both.recorders) == 1
 
 
@@ -578,7 +584,7 @@ def test_few_are_kept_and_shapes_that_take_turns_are_not_recorded_each_time(
     def call(pairs: int, width: int, times: int = 1) -> None:
         for seed in range(times):
             drawn = zoo.random_pairs(llama, pairs, width, seed)
-            both.attribute(drawn, method="atp", nodes=["z"])
+            both.attribute(drawn, **FEW)
 
     shapes = [(1, 6), (2, 6), (1, 20), (2, 20), (3, 6)]
 
@@ -600,21 +606,24 @@ def test_few_are_kept_and_shapes_that_take_turns_are_not_recorded_each_time(
 def test_recordings_keep_to_half_of_the_budget(llama: PreTrainedModel) -> None:
     pairs = [some_pairs(seed) for seed in range(4)]
     whole = Both(llama)
-    whole.attribute(pairs[0])
-    whole.attribute(pairs[1])
+    whole.attribute(pairs[0], **FEW)
+    whole.attribute(pairs[1], **FEW)
     held = whole.replays.bytes
     assert held > 0
     assert whole.replaying._budget().bytes >= held
     with mock.patch("atp_fast.attribution.memory.free_memory", lambda device: 10**7):
         assert whole.replaying._budget().bytes == (10**7 + held) // 2
-    little = Both(llama, memory_budget=held)
+    tight = Both(llama, memory_budget=held)  # what it records is too much then
+    none = Both(llama, memory_budget=1)
     for each in pairs:
-        little.attribute(each)
-    assert little.replays.bytes == 0
+        tight.attribute(each, **FEW)
+        none.attribute(each, **FEW)
+    assert tight.replays.bytes == 0
+    assert none.recorders == []
     # what is patched shares the budget with what is recorded
     roomy = Both(llama, memory_budget=4 * held)
     for each in pairs:
-        roomy.attribute(each)
+        roomy.attribute(each, **FEW)
     assert roomy.replays.bytes == held
     assert roomy.replaying.patching(pairs[0], ["q"])._budget.bytes == 3 * held
 
@@ -624,7 +633,7 @@ def test_recordings_go_where_an_eager_sweep_needs_room(
 ) -> None:
     both = Both(llama)
     for seed in range(3):
-        both.attribute(some_pairs(seed))
+        both.attribute(some_pairs(seed), **FEW)
     assert both.replays.bytes > 0
     own, fails = Scores.add, [True]
 
@@ -638,15 +647,15 @@ def test_recordings_go_where_an_eager_sweep_needs_room(
     other = zoo.random_pairs(llama, 2, 7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it makes room before it does less at once
-        found = both.replaying.attribute(other, progress=False)
+        found = both.replaying.attribute(other, progress=False, **FEW)
     assert both.replays.bytes == 0
-    assert_same_bits(found, both.eager.attribute(other, progress=False))
+    assert_same_bits(found, both.eager.attribute(other, progress=False, **FEW))
 
 
 def test_no_recording_outlives_its_engine(llama: PreTrainedModel) -> None:
     both = Both(llama)
     for seed in range(3):
-        both.attribute(some_pairs(seed))
+        both.attribute(some_pairs(seed), **FEW)
     ends = [weakref.ref(both.recorders.pop())]
     ends += [weakref.ref(recording) for recording in both.replays._recorded.values()]
     assert all(end() is not None for end in ends)

@@ -5,7 +5,7 @@ layers from the top (sweep_layer). The first and the last are recorded by callin
 calls, on buffers at fixed addresses: a batch's tensors are copied into them, and its part of the scores in and out again.
 All else that the recorded functions read of a batch is in the key by which recordings are kept.
 
-Of a shape's batches the first is swept eagerly and watched for what no recording could hold; the second is swept on the buffers,
+The first batch of a kind is watched for what no recording could hold. A shape's first batch is swept eagerly; the second is swept on the buffers,
 and what was called is recorded; the third is replayed and swept eagerly, and the bits are compared: had the recording held on to
 the second's numbers, they would differ. Those after it are replayed.
 """
@@ -62,6 +62,7 @@ class Replays:
         self._graphs = graphs
         self._recorded: dict[Hashable, Recording] = {}  # the last one used is the last
         self._known: dict[Hashable, _Known] = {}
+        self._holds: dict[Hashable, bool] = {}  # by kind of key, whether a recording can hold it
         self._state: Hashable = None
         self._room = 0
         self._said: set[str] = set()
@@ -77,6 +78,7 @@ class Replays:
         if state != self._state:
             self._recorded.clear()
             self._known.clear()
+            self._holds.clear()
         self._state, self._room = state, budget.bytes
 
     def release(self) -> bool:
@@ -110,13 +112,14 @@ class Replays:
         size = sweep_size(plug, scores, metric, pairs, batch.start, batch.positions, plan.precision)
         need = estimate_sweep(plug, plan._replace(pairs=len(pairs)), size)
         self._leave(self._room - need)
-        if known.met == 1:
+        if (kind := key[0]) not in self._holds:
             reads = HostReads(plug.device, constants(batch))
             found = eager(watched=reads)
-            known.refused = reads.found is not None
+            self._holds[kind] = reads.found is None
             return found
         need += 2 * sum(x.nbytes for x in scores.tables())
-        if known.refused or known.met < known.recorded_at or need > self._room // 2:
+        refused = known.refused or not self._holds[kind]
+        if refused or known.met < known.recorded_at or need > self._room // 2:
             return eager()
         self._leave(self._room // 2 - need, _AT_MOST - 1)
         return self._record(key, asked, eager)
@@ -392,8 +395,11 @@ def _buffer(x: Tensor) -> Tensor:
     return torch.empty_like(_dense(x)).expand(x.shape)
 
 
-def batch_key(asked: Asked) -> Hashable | None:
-    """All that the recorded parts read but tensors' contents; None where a layer is given what is neither tensor nor plain."""
+def batch_key(asked: Asked) -> tuple[Hashable, Hashable] | None:
+    """All that the recorded parts read but tensors' contents, first what is asked, then shapes and numbers.
+
+    None where a layer is given what is neither tensor nor plain.
+    """
     plug, batch, _, plan, scores, *_ = asked
     tensors, order = varying(batch)
     if any(x.device != plug.device for x in tensors):
@@ -405,15 +411,19 @@ def batch_key(asked: Asked) -> Hashable | None:
     except TypeError:
         return None
     device = plug.device.type
-    return (
-        *(len(batch.pairs), batch.start, batch.positions, batch.prefix is None, arguments),
-        *(tuple(order), tuple((x.shape, x.stride(), x.dtype) for x in tensors)),
-        *(batch.source is None, batch.spans is None, isinstance(batch.column, Tensor)),
-        *(plan, scores.method, scores.dtype, scores.per_pair is None),
-        *(tuple(scores.space.widths.items()), _columns(batch, scores)),
+    kind = (
+        *(batch.prefix is None, batch.source is None, batch.spans is None),
+        *(isinstance(batch.column, Tensor), scores.per_pair is None),
+        *(plan.precision, plan.together, scores.method, scores.dtype, scores.space.kinds),
         *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
     )
+    shapes = (
+        *(len(batch.pairs), batch.start, batch.positions, arguments, plan),
+        *(tuple(order), tuple((x.shape, x.stride(), x.dtype) for x in tensors)),
+        _columns(batch, scores),
+    )
+    return kind, shapes
 
 
 def plain(value: object, tensors: bool = True) -> Hashable:
