@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atp_fast._version import __version__
-from atp_fast.attribution.memory import Budget, SweepPlan, budget_for, plan_sweep, read_budget
+from atp_fast.attribution.memory import Budget, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
 from atp_fast.attribution.question import Method, Question, check_method
 from atp_fast.attribution.replay import Replays
 from atp_fast.attribution.scores import Scores
+from atp_fast.attribution.streaming import StreamPlan, plan_stream, stream_sweeps
 from atp_fast.attribution.sweep import sweep, sweep_size
 from atp_fast.attribution.tape import check_walk
 from atp_fast.estimates import Estimate, SweepCall, patch_estimate, sweep_estimate
@@ -67,7 +68,7 @@ class Engine:
             raise TypeError(f"replay must be True or False, got {replay!r}")
         self.precision = check_precision(precision)
         self._asked_budget = read_budget(memory_budget)
-        self.plug = Plug(model, backend)
+        self.plug = Plug(model, backend, self._asked_budget)
         check_walk(self.plug)
         self.model = self.plug.model
         self.backend = backend_for(torch.empty(0, device=self.plug.device), backend)
@@ -101,27 +102,37 @@ class Engine:
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
         budget = self._budget()
         plan = self._plan(run_pairs, measure, chosen, space, budget)
-        batches = self._batches(run_pairs, plan.pairs)
+        batches = self._batches(run_pairs, plan.sweep.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
         with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
-            run = sweep
-            if self._replays is not None:
-                self._replays.opened(self.plug, budget)
-                run = self._replays.sweep
-            for rows in batches:
-                clean, corrupted = run(
-                    self.plug,
-                    run_pairs[rows],
-                    measure,
-                    plan,
-                    scores,
-                    rows=rows.to(self.plug.device),
-                    advance=bar.update,
+            values: Iterable[tuple[Tensor, Tensor]]
+            if plan.held is None:
+                run = sweep
+                if self._replays is not None:
+                    self._replays.opened(self.plug, budget)
+                    run = self._replays.sweep
+                values = (
+                    run(
+                        self.plug,
+                        run_pairs[rows],
+                        measure,
+                        plan.sweep,
+                        scores,
+                        rows=rows.to(self.plug.device),
+                        advance=bar.update,
+                    )
+                    for rows in batches
                 )
+            else:
+                values = stream_sweeps(
+                    self.plug, run_pairs, measure, plan, scores, batches, bar.update
+                )
+            for rows, (clean, corrupted) in zip(batches, values, strict=True):
                 clean_value[rows], corrupted_value[rows] = (
                     x.to(clean_value) for x in (clean, corrupted)
                 )
+        scores.gather()
         seconds = time.perf_counter() - began
         _warn_of_nothing(scores, run_pairs, measure)
         counts = pairs.present.sum(0).cpu()
@@ -356,10 +367,12 @@ class Engine:
 
     def _plan(
         self, pairs: PromptPairs, metric: Metric, method: Method, space: NodeSpace, budget: Budget
-    ) -> SweepPlan:
+    ) -> StreamPlan:
         size = sweep_size(self.plug, pairs, metric, method, space.kinds, self.precision)
-        together = metric.all_pairs_at_once
-        return plan_sweep(self.plug, budget, size, pairs=len(pairs), together=together)
+        many: dict[str, Any] = {"pairs": len(pairs), "together": metric.all_pairs_at_once}
+        if self.plug.offloaded:
+            return plan_stream(self.plug, budget, size, **many)
+        return StreamPlan(plan_sweep(self.plug, budget, size, **many))
 
     def _batches(self, pairs: PromptPairs, size: int) -> list[Tensor]:
         """Rows of pairs that are run together: pairs that split late share a batch, so that they share a prefix."""

@@ -7,6 +7,7 @@ what libraries set up on first use is not counted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from random import Random
@@ -25,6 +26,8 @@ from atp_fast.nodes import ATTENTION_KINDS, KINDS
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from measure import extra_peak, reset_peak
 
+from offloaded import offload
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 512,
@@ -37,6 +40,13 @@ _COMMON: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "intermediate_size": 2048},
     "llama": {**_COMMON, "intermediate_size": 1408, "num_key_value_heads": 2},
+    "offloaded": {
+        **_COMMON,
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "intermediate_size": 1408,
+        "num_key_value_heads": 2,
+    },
     "ten_layers": {
         **_COMMON,
         "model_type": "gpt_neox",
@@ -51,6 +61,8 @@ def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     settings = {"model_type": name, **MODELS[name]}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    if name == "offloaded":
+        offload(model, Path(os.environ["OFFLOAD_FOLDER"]))
     return model.eval()
 
 

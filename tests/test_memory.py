@@ -245,12 +245,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def measured(name: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Peaks of calls in a process of its own. glibc is told to give every large block back once it is freed."""
+def measured(
+    name: str, cases: list[dict[str, Any]], folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """Peaks of calls in a process of its own. glibc is told to give every large block back once it is freed.
+
+    folder: where a model that is offloaded leaves its weights.
+    """
     script = Path(__file__).parent / "memory_peaks.py"
     done = subprocess.run(
         [sys.executable, str(script), name, *map(json.dumps, cases)],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "OFFLOAD_FOLDER": str(folder)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -296,8 +296,10 @@ def test_runs_that_the_budget_does_not_hold_are_made_again(
     patching = Engine(model, memory_budget=budget).patching(pairs, KINDS)
     nodes = some_nodes(Engine(model), KINDS, 4)
     asked: list[int] = []
-    make = patching._session
-    monkeypatch.setattr(patching, "_session", lambda n: asked.append(n) or make(n))
+    make = patching._sessions
+    monkeypatch.setattr(
+        patching, "_sessions", lambda numbers: asked.extend(numbers) or make(numbers)
+    )
     wanted, measured = free.effects(nodes)
     for _ in range(2):
         found, valid = patching.effects(nodes)

@@ -98,7 +98,8 @@ def measure_layers(plug: Plug) -> LayerBytes:
     with plug.plugged():
         short, long = plug.enter(ids[:, :few]), plug.enter(ids)
         for number in plug.first_of_each_kind:
-            rows = [_measure(plug, number, x, given[number]) for x, given in (short, long)]
+            with plug.holding(number):
+                rows = [_measure(plug, number, x, given[number]) for x, given in (short, long)]
             found.append([max(0, m - f) // (many - few) for f, m in zip(*rows, strict=True)])
     return LayerBytes(*(max(column) for column in zip(*found, strict=True)))
 

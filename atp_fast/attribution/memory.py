@@ -95,14 +95,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def budget_for(plug: Plug, asked: int | None, held: int = 0) -> Budget:
-    """The asked budget, or half of what is free on the model's device, shared by torchrun's processes on a machine.
+    """The asked budget, or half of what is free on each of the model's devices, shared by torchrun's processes on a machine.
 
     held: bytes that recorded sweeps hold and would give back (attribution.replay).
     """
     if asked is not None:
         return Budget(asked, auto=False)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plug.device.type == "cpu" else 1
-    return Budget((free_memory(plug.device) + held) // 2 // sharing, auto=True)
+    return Budget((min(map(free_memory, plug.devices)) + held) // 2 // sharing, auto=True)
 
 
 class SweepSize(NamedTuple):
@@ -172,13 +172,15 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
     )
 
 
-def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
+def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | None = None) -> int:
     """Bytes that a sweep under this plan takes at its peak, beside the model and the scores.
 
     The largest of: a layer's forward, the metric's logits with all kept tapes, and every layer at work with the tapes kept
-    below it. Not counted: attention matrices of the reference backend, and freed blocks that the C library holds on to.
+    below it. cost: by default `costs`. Not counted: attention matrices of the reference backend, and freed blocks that the C
+    library holds on to.
     """
-    cost, layers, pairs = costs(plug, size.kinds), len(plug.layers), plan.pairs
+    cost = cost or costs(plug, size.kinds)
+    layers, pairs = len(plug.layers), plan.pairs
     rows = pairs * size.positions
     always = rows * cost.stored + pairs * size.prefix * cost.prefix
     each = cost.tape + (cost.twin if plan.together else 0)
@@ -205,7 +207,13 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
 
 
 def plan_sweep(
-    plug: Plug, budget: Budget, size: SweepSize, *, pairs: int, together: bool
+    plug: Plug,
+    budget: Budget,
+    size: SweepSize,
+    *,
+    pairs: int,
+    together: bool,
+    cost: Costs | None = None,
 ) -> SweepPlan:
     """Fit a sweep into a budget: as many pairs, then cotangents, then tapes as there is room for and use.
 
@@ -217,7 +225,7 @@ def plan_sweep(
 
     def fits(batch: int, chunk: int, tapes: int) -> bool:
         plan = SweepPlan(batch, chunk, layers - tapes)
-        return estimate_sweep(plug, plan, size) <= budget.bytes
+        return estimate_sweep(plug, plan, size, cost) <= budget.bytes
 
     pair_rows = rows // size.cotangents
     if not plug.offloaded:  # such a model keeps no tapes, and every batch fetches its weights again

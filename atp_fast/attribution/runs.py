@@ -4,12 +4,15 @@ Only each layer's input is kept, (pairs, positions, hidden) for either run; ever
 again when it is needed. Positions before the first differing token of the batch (`start` of them) are run once and
 leave their keys and values behind: they have no effect, and nothing in the sweep needs them otherwise. Prompts of
 different lengths are each run at their own positions; the corrupted values are then moved to those they stand for.
+
+A run goes in steps, one per layer, between which others may take theirs: Steps says how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +21,33 @@ from atp_fast.attribution.batch import Batch, Entered, enter_pairs, extent
 from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.tape import LayerTape, Values, keeper
 from atp_fast.attribution.twins import Twins, run_twins
+from atp_fast.attribution.waiting import Each, Parcel, Waiting
 from atp_fast.hf import FiniteCheck, LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
 from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Work in stages, each of which needs the weights of one layer or of what is no layer; it yields between two stages."""
+
+
+def finish(steps: Steps[T]) -> T:
+    """Take all steps on end; what they return."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
 
 @dataclass
 class PairRuns:
     """Both runs of pairs; lists have one entry per layer, the inputs one more for the last output.
 
-    clean, corrupted: layer inputs, (pairs, positions, hidden), the latter at the corrupted prompts' own positions;
+    inputs: layer inputs of both runs, one behind the other, (2 * pairs, positions, hidden), each on the device of its layer,
+    as parcels that may wait elsewhere; clean, corrupted: those of either, the latter at the corrupted prompts' own positions;
     source, live: as in Batch; values: node values of the corrupted run, resid_pre included, moved
     to the positions they stand for, and keys_values: keys and values of the clean run at every position, prefix
     included (None of a layer without attention), both if they were asked for; tapes: what the sweep would run again, for
@@ -45,14 +64,47 @@ class PairRuns:
     arguments: list[LayerArguments]
     source: Tensor | None
     live: Tensor
-    clean: list[Tensor] = field(default_factory=list)
-    corrupted: list[Tensor] = field(default_factory=list)
-    prefixes: list[Prefix | None] = field(default_factory=list)
-    prefix_output: Tensor | None = None
+    prefix: _PrefixRun | None = None
+    inputs: list[tuple[Parcel, ...]] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
     keys_values: list[Prefix | None] = field(default_factory=list)
     tapes: dict[int, tuple[LayerTape, Values]] = field(default_factory=dict)
     statistics: bool = False
+
+    @property
+    def clean(self) -> Sequence[Tensor]:
+        return Each(self.inputs, lambda both: both[0][: len(self.pairs)])
+
+    @property
+    def corrupted(self) -> Sequence[Tensor]:
+        return Each(self.inputs, lambda both: both[0][len(self.pairs) :])
+
+    @property
+    def prefixes(self) -> Sequence[Prefix | None]:
+        """Keys and values of the shared positions, of layers that have been run."""
+        if self.prefix is None:
+            return [None] * len(self.arguments)
+        return Each(self.prefix.kept, lambda kept: Prefix(*kept))
+
+    @property
+    def prefix_output(self) -> Tensor | None:
+        """The last layer's output at the shared positions, of the layers that have been run, (pairs, positions, hidden)."""
+        return None if self.prefix is None else self.prefix.output
+
+    def bring(self, number: int) -> None:
+        """A layer's input and prefix stay here from now on."""
+        for parcels in self._parcels(number):
+            parcels[number] = tuple(parcel.here() for parcel in parcels[number])
+
+    def forget(self, number: int) -> None:
+        """A layer's input and prefix, if they have waited elsewhere, are not needed any more."""
+        for parcels in self._parcels(number):
+            for parcel in parcels[number]:
+                parcel.drop()
+
+    def _parcels(self, number: int) -> list[list[tuple[Parcel, ...]]]:
+        kept = [] if self.prefix is None else self.prefix.kept
+        return [parcels for parcels in (self.inputs, kept) if number < len(parcels)]
 
     @property
     def positions(self) -> int:
@@ -67,7 +119,7 @@ class PairRuns:
         """
         if self.source is None:
             return values
-        at = self.source.clamp(min=0)
+        at = self.source.clamp(min=0).to(values["resid_pre"].device)
         moved: Values = {}
         for kind, value in values.items():
             index = at[:, None, :, None] if kind in ATTENTION_KINDS else at[..., None]
@@ -110,56 +162,76 @@ def run_batch(
     of `kinds` in `tapes`, so that the sweep need not run them again. Other layers run both prompts in one batch. statistics:
     see PairRuns.
     """
-    prefixes: list[Prefix | None] = [None] * len(plug.layers)
-    prefix_output = None
+    return finish(
+        run_in_steps(plug, batch, kinds, keep_values=keep_values, plan=plan, statistics=statistics)
+    )
+
+
+def run_in_steps(
+    plug: Plug,
+    batch: Batch,
+    kinds: Sequence[str] = (),
+    *,
+    keep_values: bool = False,
+    plan: SweepPlan | None = None,
+    statistics: bool = False,
+    waiting: Waiting | None = None,
+) -> Steps[PairRuns]:
+    """run_batch in steps: after entering, every layer. waiting: where layer inputs and prefixes wait between steps."""
+    waiting = waiting or Waiting()
     pairs = len(batch.pairs)
-    if batch.prefix is not None:
-        prefixes, prefix_output = _run_prefix(plug, batch.prefix, pairs)
     both, doubled = batch.both
     first = torch.arange(pairs, device=both.device)
+    known: dict[int, Tensor] = {}
     runs = PairRuns(
         batch.given,
         batch.pairs,
         batch.start,
-        [a.rows(first, 2 * pairs) for a in doubled],
+        [a.rows(first, 2 * pairs, known) for a in doubled],
         batch.source,
         batch.live,
-        prefixes=prefixes,
-        prefix_output=prefix_output,
+        None if batch.prefix is None else _PrefixRun(plug, batch.prefix, pairs, waiting),
+        [(waiting.put(both),)],
         statistics=statistics,
     )
+    del batch, both
     for number in range(len(plug.layers)):
-        runs.clean.append(both[:pairs])
-        runs.corrupted.append(both[pairs:])
+        yield
+        if runs.prefix is not None:
+            runs.prefix.run_layer(number)
         if plan is not None and number >= plan.taped_from:
             layer = plug.layers[number]
             # not experts, to whom others' tokens go, and not layers of another kind than attention
             plain = layer.down is not None and layer.attention is not None
             tape = _tape_together if plan.together and plain else _tape_apart
-            both = tape(plug, runs, number, kinds, plan, both, doubled[number])
+            output = tape(plug, runs, number, kinds, plan, doubled[number])
         else:
-            values: Values = {}
-            visit = keeper(values, (*kinds, "k", "v")) if keep_values else None
-            run = LayerRun(
-                plug.backend, visit, _twice(prefixes[number]), tuple(kinds) if visit else ()
-            )
-            with torch.no_grad():
-                both = plug.run_layer(number, both, doubled[number], run)
-            if keep_values:
-                # copies, so that the rest of this layer's values can go
-                kept = {kind: values[kind][pairs:].clone() for kind in kinds if kind in values}
-                runs.values.append(
-                    runs.aligned(plug, number, {**kept, "resid_pre": runs.corrupted[-1]})
-                )
-                k, v = values.get("k"), values.get("v")
-                runs.keys_values.append(
-                    None
-                    if k is None or v is None
-                    else _joined(prefixes[number], k[:pairs], v[:pairs])
-                )
-    runs.clean.append(both[:pairs])
-    runs.corrupted.append(both[pairs:])
+            output = _run_layer(plug, runs, number, kinds if keep_values else None, doubled[number])
+        runs.inputs.append((waiting.put(plug.moved(output, number + 1)),))
+        del output
     return runs
+
+
+def _run_layer(
+    plug: Plug, runs: PairRuns, number: int, kept: Sequence[str] | None, doubled: LayerArguments
+) -> Tensor:
+    """A layer's output for both inputs, one behind the other; values of the kinds `kept` are left in `runs`."""
+    values: Values = {}
+    batch, before = len(runs.pairs), runs.prefixes[number]
+    visit = None if kept is None else keeper(values, (*kept, "k", "v"))
+    run = LayerRun(plug.backend, visit, _twice(before), tuple(kept or ()))
+    with torch.no_grad():
+        (both,) = runs.inputs[number]
+        output = plug.run_layer(number, both.take(), doubled, run)
+    if kept is not None:
+        # copies, so that the rest of this layer's values can go
+        own = {kind: values[kind][batch:].clone() for kind in kept if kind in values}
+        runs.values.append(runs.aligned(plug, number, {**own, "resid_pre": runs.corrupted[number]}))
+        k, v = values.get("k"), values.get("v")
+        runs.keys_values.append(
+            None if k is None or v is None else _joined(before, k[:batch], v[:batch])
+        )
+    return output
 
 
 def _tape_apart(
@@ -168,7 +240,6 @@ def _tape_apart(
     number: int,
     kinds: Sequence[str],
     plan: SweepPlan,
-    both: Tensor,
     doubled: LayerArguments,
 ) -> Tensor:
     """Leave a layer's tape of the clean run and the corrupted run's values in `runs`; both outputs, one behind the other."""
@@ -184,7 +255,6 @@ def _tape_together(
     number: int,
     kinds: Sequence[str],
     plan: SweepPlan,
-    both: Tensor,
     doubled: LayerArguments,
 ) -> Tensor:
     """_tape_apart, by one forward of both inputs."""
@@ -192,7 +262,8 @@ def _tape_together(
     visit = keeper(values, (*kinds, *ATTENTION_KINDS))
     prefix = _twice(runs.prefixes[number])
     run = LayerRun(plug.backend, visit, prefix, tuple(kinds), statistics=runs.statistics)
-    twins = run_twins(plug, number, both, doubled, run)
+    (both,) = runs.inputs[number]
+    twins = run_twins(plug, number, both.take(), doubled, run)
     tape = taped(plug, runs, number, kinds, plan.precision, twins)
     kept = {kind: value[len(tape.x) :] for kind, value in values.items()}
     kept["resid_pre"] = runs.corrupted[number]
@@ -218,10 +289,26 @@ def check_outputs(plug: Plug, batch: Batch, runs: PairRuns) -> None:
         return
     finite = FiniteCheck()
     if batch.prefix is not None:
-        _run_prefix(plug, batch.prefix, len(batch.pairs), finite)
-    for number in range(1, len(runs.clean)):
+        prefix = _PrefixRun(plug, batch.prefix, len(batch.pairs), Waiting())
+        for number in range(len(plug.layers)):
+            prefix.run_layer(number)
+            finite.note(prefix.output, f"layer {number}")
+    _find_bad(runs, finite)
+
+
+def check_layers(runs: PairRuns) -> None:
+    """check_outputs where the prompts at the first layer are not at hand any more: a shared start that is not finite is named
+    by the first layer behind it that is not."""
+    if not are_finite(runs):
+        _find_bad(runs, FiniteCheck())
+
+
+def _find_bad(runs: PairRuns, finite: FiniteCheck) -> None:
+    for number in range(1, len(runs.inputs)):
         finite.note(runs.clean[number], f"layer {number - 1}")
         finite.note(runs.corrupted[number], f"layer {number - 1}")
+    if runs.prefix_output is not None:
+        finite.note(runs.prefix_output, "the last layer")
     finite.check()
 
 
@@ -235,21 +322,29 @@ def _twice(prefix: Prefix | None) -> Prefix | None:
     return None if prefix is None else Prefix(*(torch.cat([t, t]) for t in prefix))
 
 
-def _run_prefix(
-    plug: Plug, entered: Entered, pairs: int, finite: FiniteCheck | None = None
-) -> tuple[list[Prefix | None], Tensor]:
-    """Keys and values of every layer on shared leading tokens, and the last layer's output there; finite: notes all outputs."""
-    x, arguments = entered
-    prefixes: list[Prefix | None] = []
-    with torch.no_grad():
-        for number in range(len(plug.layers)):
-            run = LayerRun(backend=plug.backend)
-            x = plug.run_layer(number, x, arguments[number], run)
-            if finite is not None:
-                finite.note(x, f"layer {number}")
-            assert run.k is not None and run.v is not None
-            prefixes.append(Prefix(*(t.expand(pairs, -1, -1, -1) for t in (run.k, run.v))))
-    return prefixes, x.expand(pairs, -1, -1)
+class _PrefixRun:
+    """A run of shared leading tokens: every layer's keys and values there, and the last layer's output."""
+
+    def __init__(self, plug: Plug, entered: Entered, pairs: int, waiting: Waiting) -> None:
+        self._plug, self._pairs, self._waiting = plug, pairs, waiting
+        x, self._arguments = entered
+        self._stream = waiting.put(x)
+        self.kept: list[tuple[Parcel, ...]] = []
+
+    def run_layer(self, number: int) -> None:
+        run = LayerRun(backend=self._plug.backend)
+        with torch.no_grad():
+            x = self._plug.run_layer(number, self._stream.take(), self._arguments[number], run)
+        self._stream.drop()
+        self._stream = self._waiting.put(x)
+        assert run.k is not None and run.v is not None
+        both = (t.expand(self._pairs, -1, -1, -1) for t in (run.k, run.v))
+        self.kept.append(tuple(map(self._waiting.put, both)))
+
+    @property
+    def output(self) -> Tensor:
+        """(pairs, positions, hidden), the same for all pairs if the prompt is."""
+        return self._stream.take().expand(self._pairs, -1, -1)
 
 
 def taped(
@@ -316,7 +411,7 @@ def both_logits(plug: Plug, runs: PairRuns, clean: Tensor, metric: Metric) -> tu
 def _ends(runs: PairRuns, output: Tensor, last: Tensor) -> Tensor:
     """The last layer's output at each pair's last position, (pairs, 1, hidden)."""
     rows = torch.arange(len(runs.pairs), device=output.device)
-    return output[rows, last - runs.start][:, None]
+    return output[rows, last.to(output.device) - runs.start][:, None]
 
 
 def _finite_logits(plug: Plug, output: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class Place(NamedTuple):
     columns: slice | Tensor
     live: Tensor | None
 
+    def to(self, device: torch.device) -> Place:
+        columns = self.columns if isinstance(self.columns, slice) else self.columns.to(device)
+        live = None if self.live is None else self.live.to(device)
+        return Place(self.rows.to(device), columns, live)
+
     @classmethod
     def of(
         cls, rows: Tensor, column: int | Tensor, positions: int, live: Tensor | None, width: int
@@ -64,6 +69,14 @@ class Place(NamedTuple):
         if live is not None and inside < positions:
             live = live[:, :inside].contiguous()
         return cls(rows, slice(column, column + inside), live)
+
+
+class _Tables(NamedTuple):
+    """Sums of one kind in one layer: (positions, width), and every pair's own, (pairs, positions, width)."""
+
+    score: Tensor
+    effect: Tensor
+    pairs: Tensor | None
 
 
 class Scores:
@@ -92,7 +105,8 @@ class Scores:
             {kind: zeros(pairs, *space.shape(kind)) for kind in space.kinds} if pairs else None
         )
         self.dtype, self._device = dtype, device
-        self._weights = weight_tables(method.graddrop, space.layers, device, dtype)
+        self._weights = {device: weight_tables(method.graddrop, space.layers, device, dtype)}
+        self._away: dict[tuple[str, int], _Tables] = {}
 
     def tables(self) -> list[Tensor]:
         """All sums."""
@@ -134,9 +148,38 @@ class Scores:
                 theirs = whole.per_pair[kind][:, :, columns].index_select(0, place.rows)
                 yield self.per_pair[kind][:, :, : theirs.shape[2]], theirs
 
-    def weights(self, kind: str, layer: int, first: int, count: int) -> Tensor:
+    def weights(
+        self, kind: str, layer: int, first: int, count: int, device: torch.device
+    ) -> Tensor:
         """Weights, (count,), of the cotangents from number `first` on that are present at a layer."""
-        return self._weights[kind == "resid_pre"][layer, first : first + count]
+        if device not in self._weights:
+            blocks, ends = self._weights[self._device]
+            self._weights[device] = blocks.to(device), ends.to(device)
+        return self._weights[device][kind == "resid_pre"][layer, first : first + count]
+
+    def _tables(self, kind: str, layer: int, device: torch.device) -> _Tables:
+        """A layer's rows of the tables; those of a layer on another device lie there, until `gather`."""
+        if device == self._device:
+            pairs = None if self.per_pair is None else self.per_pair[kind][:, layer]
+            return _Tables(self.score[kind][layer], self.effect[kind][layer], pairs)
+        if (kind, layer) not in self._away:
+            here = self._tables(kind, layer, self._device)
+            self._away[kind, layer] = _Tables(
+                torch.zeros_like(here.score, device=device),
+                torch.zeros_like(here.effect, device=device),
+                None if here.pairs is None else torch.zeros_like(here.pairs, device=device),
+            )
+        return self._away[kind, layer]
+
+    def gather(self) -> None:
+        """All sums in the tables of one device."""
+        for (kind, layer), away in self._away.items():
+            here = self._tables(kind, layer, self._device)
+            here.score.copy_(away.score)
+            here.effect.copy_(away.effect)
+            if here.pairs is not None and away.pairs is not None:
+                here.pairs.copy_(away.pairs)
+        self._away.clear()
 
     def add(
         self,
@@ -168,17 +211,18 @@ class Scores:
                 grad = grad[:, :, :inside]
                 clean, corrupted = (x if x is None else x[:, :inside] for x in (clean, corrupted))
         own = slice(self.space.in_layers(kind)[layer])
+        table = self._tables(kind, layer, grad.device)
         ops.add_effects(
             grad,
-            weights=self.weights(kind, layer, first, len(grad)),
-            score=self.score[kind][layer, columns, own],
-            effect=self.effect[kind][layer, columns, own] if first == 0 else None,
+            weights=self.weights(kind, layer, first, len(grad), grad.device),
+            score=table.score[columns, own],
+            effect=table.effect[columns, own] if first == 0 else None,
             clean=clean,
             corrupted=corrupted,
             live=place.live,
             first=starts,
-            per_pair=self.per_pair[kind][:, layer, columns, own] if self.per_pair else None,
-            rows=place.rows if self.per_pair else None,
+            per_pair=None if table.pairs is None else table.pairs[:, columns, own],
+            rows=None if table.pairs is None else place.rows,
             pair_signed=not self.method.graddrop,
             backend=backend,
         )

@@ -87,27 +87,45 @@ def sweep_batch(
     for number in reversed(range(len(plug.layers))):
         if batch.any_live:
             at = number, place, batch.spans
-            added: dict[str, int] = {}
-            while True:
-                try:
-                    with watched:
-                        cotangents = sweep_layer(
-                            plug, runs, plan, scores, *at, cotangents, chunk, added
-                        )
-                    break
-                except torch.OutOfMemoryError:
-                    if release():
-                        continue
-                    taken = min(chunk, len(cotangents))
-                    if taken == 1:
-                        raise
-                    chunk = (taken + 1) // 2
-                    warnings.warn(
-                        f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
-                        stacklevel=2,
-                    )
+            cotangents, chunk = try_layer(
+                plug, runs, plan, scores, *at, cotangents, chunk, watched, release
+            )
         advance()
     return clean_value, corrupted_value
+
+
+def try_layer(
+    plug: Plug,
+    runs: PairRuns,
+    plan: SweepPlan,
+    scores: Scores,
+    number: int,
+    place: Place,
+    spans: Tensor | None,
+    cotangents: Tensor,
+    chunk: int,
+    watched: AbstractContextManager[object] = _NOTHING,
+    release: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, int]:
+    """sweep_layer with as many cotangents per chunk as memory is there for, `chunk` at most; also how many those were."""
+    added: dict[str, int] = {}
+    at = number, place, spans
+    while True:
+        try:
+            with watched:
+                found = sweep_layer(plug, runs, plan, scores, *at, cotangents, chunk, added)
+            return found, chunk
+        except torch.OutOfMemoryError:
+            if release():
+                continue
+            taken = min(chunk, len(cotangents))
+            if taken == 1:
+                raise
+            chunk = (taken + 1) // 2
+            warnings.warn(
+                f"out of memory in layer {number}: trying again with {chunk} cotangents at once",
+                stacklevel=3,
+            )
 
 
 def key_fixed(method: Method, kinds: Sequence[str]) -> bool:
@@ -157,7 +175,8 @@ def sweep_layer(
     added: dict[str, int],
 ) -> Tensor:
     """Add a layer's effects to the scores; returns the cotangents of its input. Its tape is gone then."""
-    return _Layer(plug, runs, plan, scores, number, place, spans, added).sweep(cotangents, chunk)
+    layer = _Layer(plug, runs, plan, scores, number, place, spans, added)
+    return layer.sweep(plug.moved(cotangents, number), chunk)
 
 
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +216,8 @@ class _Layer:
         """spans: which positions each span sums, as Batch has them; added: by kind, the cotangents whose effects
         are in the scores."""
         self.plug, self.scores, self.number = plug, scores, number
-        self.place, self.spans, self.added = place, spans, added
+        device, self.added = plug.device_of(number), added
+        self.place, self.spans = place.to(device), None if spans is None else spans.to(device)
         self.kinds, self.method = scores.space.kinds, scores.method
         self.start, self.prefix = runs.start, runs.prefixes[number]
         self.skip = plug.layers[number].skip

@@ -88,7 +88,7 @@ def check_walk(plug: Plug) -> None:
                 with torch.no_grad():
                     x = plug.run_layer(number, x, arguments[number], LayerRun(plug.backend))
                 continue
-            tape = LayerTape(plug, number, x, arguments[number], None, ())
+            tape = LayerTape(plug, number, plug.moved(x, number), arguments[number], None, ())
             run = tape.run
             _compare(plug, number, [tape.out], [*_present(run.z), tape.x], generator)
             _compare(plug, number, _present(run.q, run.k, run.v), [tape.x], generator)

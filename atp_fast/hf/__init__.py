@@ -7,10 +7,12 @@ from atp_fast.hf.attention import LayerRun, Prefix, Visit
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
 from atp_fast.hf.options import AttentionOptions
+from atp_fast.hf.placement import ENDS
 from atp_fast.hf.plug import Plug
 from atp_fast.hf.switching import recording
 
 __all__ = [
+    "ENDS",
     "AttentionOptions",
     "Inspection",
     "LayerArguments",

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_fast.hf.attention import LayerRun, Mixture
 from atp_fast.hf.norms import FoundNorm
+from atp_fast.hf.placement import fetchers
 from atp_fast.hf.scores import Scores
 
 _POSITIONS = (
@@ -316,7 +317,7 @@ def check_model(model: nn.Module) -> PreTrainedModel:
             f"{name} is not served: it has no attention heads (a state-space or recurrent model)"
         )
     parameters = list(model.parameters())
-    if all(p.is_meta for p in parameters):
+    if all(p.is_meta for p in parameters) and not fetchers(model):
         raise ValueError(
             f"model must hold its weights, those of this {name} are on the meta device"
         )

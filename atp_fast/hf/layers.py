@@ -25,6 +25,14 @@ from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, runnin
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.hf.norms import find_norms, own_norms
+from atp_fast.hf.placement import (
+    ENDS,
+    Fetcher,
+    Weights,
+    check_exchange,
+    devices_of,
+    fetchers,
+)
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.hf.scores import taken_over
 from atp_fast.hf.switching import alone_with
@@ -51,15 +59,25 @@ class LayerArguments(NamedTuple):
         kwargs = {key: pick(value) for key, value in self.kwargs.items()}
         return LayerArguments(pick(self.args), kwargs, self.by_row)
 
-    def rows(self, index: Tensor, batch: int) -> LayerArguments:
-        """The same arguments for a batch made of rows `index` of this one, which had `batch` rows."""
-        has_rows = iter(self.by_row)
+    def to(self, device: torch.device) -> LayerArguments:
+        return self.mapped(lambda value: value.to(device))
+
+    def rows(
+        self, index: Tensor, batch: int, known: dict[int, Tensor] | None = None
+    ) -> LayerArguments:
+        """The same arguments for a batch made of rows `index` of this one, which had `batch` rows.
+
+        known: what was made of which tensor before, for layers that are handed the same ones.
+        """
+        has_rows, made = iter(self.by_row), {} if known is None else known
 
         def pick(value: Tensor) -> Tensor:
             if not next(has_rows) or len(value) < 2:
                 return value
-            by_row = value.reshape(batch, -1, *value.shape[1:])
-            return by_row[index.to(value.device)].flatten(0, 1)
+            if id(value) not in made:
+                by_row = value.reshape(batch, -1, *value.shape[1:])
+                made[id(value)] = by_row[index.to(value.device)].flatten(0, 1)
+            return made[id(value)]
 
         return self.mapped(pick)
 
@@ -107,6 +125,7 @@ class LayeredModel:
         self.own_softmax = not self.decoder._can_set_attn_implementation()
         self.list_parent, self.list_name, modules = self._find_layers()
         self.by_row: dict[bool, list[tuple[bool, ...]]] = {}  # by whether positions are given
+        self._spread: list[torch.device] | None = None  # of each layer, where there are several
         self.layers = [
             Layer(
                 module,
@@ -116,6 +135,7 @@ class LayeredModel:
             )
             for module in modules
         ]
+        check_exchange(self.name, self.device, modules)
 
     def _find_layers(self) -> tuple[nn.Module, str, list[nn.Module]]:
         config = self.model.config.get_text_config(decoder=True)
@@ -136,7 +156,34 @@ class LayeredModel:
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.device
+        """Where token ids go and logits come from; layers may lie elsewhere."""
+        device = self._embedding.device
+        return (
+            next(iter(devices_of(self.model.get_input_embeddings())))
+            if device.type == "meta"
+            else device
+        )
+
+    def device_of(self, number: int) -> torch.device:
+        """Where a layer runs, inside `plugged`."""
+        return self.device if self._spread is None else self._spread[number]
+
+    def moved(self, x: Tensor, number: int) -> Tensor:
+        """x where a layer runs; what no layer is left for stays where it is."""
+        return x if number == len(self.layers) else x.to(self.device_of(number))
+
+    def _places(self) -> list[torch.device] | None:
+        """Where each layer runs, None where all of them run on the model's device."""
+        found = {p.device for p in self.model.parameters()}
+        if len(found) == 1 and next(iter(found)).type != "meta":
+            return None
+        devices = [next(iter(devices_of(layer.module)), self.device) for layer in self.layers]
+        return None if set(devices) == {self.device} else devices
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All that the model runs on, its own first."""
+        return list(dict.fromkeys([self.device, *(self._places() or ())]))
 
     @property
     def offloaded(self) -> bool:
@@ -220,15 +267,54 @@ class LayeredModel:
         """
         with self.implementation("eager" if self.own_softmax else NAME):
             check_eval(self.model)
-            trained = [p for p in self.model.parameters() if p.requires_grad]
+            # by name: fetching weights puts other parameters in their place
+            trained = [
+                (module, name)
+                for module in self.model.modules()
+                for name, p in module._parameters.items()
+                if p is not None and p.requires_grad
+            ]
             try:
-                for p in trained:
-                    p.requires_grad_(False)
+                _require_grad(trained, False)
+                self._spread = self._places()
                 with own_linears(self._linears, self.device, self.backend):
                     yield
             finally:
-                for p in trained:
-                    p.requires_grad_(True)
+                _require_grad(trained, True)
+
+    def weights(self, stages: Sequence[int], ahead: bool) -> Weights:
+        """Weights that are fetched, held stage by stage: numbers of layers, or ENDS for all that is no layer."""
+        return Weights([self._fetchers(stage) for stage in stages], ahead)
+
+    @contextlib.contextmanager
+    def holding(self, number: int) -> Iterator[None]:
+        """Inside, a layer's weights are fetched once, however often it is run."""
+        with self.weights((number,), ahead=False) as weights, weights.held(0):
+            yield
+
+    def fetched_bytes(self) -> dict[int, list[int]]:
+        """Of every stage with weights that are fetched, the bytes of each of its tensors."""
+        found = {
+            stage: [size for fetcher in self._fetchers(stage) for size in fetcher.sizes()]
+            for stage in (ENDS, *range(len(self.layers)))
+        }
+        return {stage: sizes for stage, sizes in found.items() if sizes}
+
+    def check_fits(self, memory: int) -> None:
+        """Raises ValueError where `memory` bytes do not hold what has to be fetched for one layer."""
+        for stage, sizes in self.fetched_bytes().items():
+            if sum(sizes) > memory:
+                what = f"layer {stage}" if stage != ENDS else "its embeddings and head"
+                raise ValueError(
+                    f"memory_budget must hold the offloaded weights of one layer of {self.name}: {what} needs "
+                    f"{sum(sizes):,} bytes, got {memory:,}"
+                )
+
+    def _fetchers(self, stage: int) -> list[Fetcher]:
+        if stage != ENDS:
+            return fetchers(self.layers[stage].module)
+        inside = {module for layer in self.layers for module in layer.module.modules()}
+        return [fetcher for fetcher in fetchers(self.model) if fetcher.module not in inside]
 
     @contextlib.contextmanager
     def _stepped_over(self, result: Tensor | None) -> Iterator[list[_Step]]:
@@ -270,7 +356,11 @@ class LayeredModel:
             raise NotImplementedError(
                 f"{self.name} is not served: it does not call its layers one after the other"
             )
-        return steps[0].hidden, arguments
+        x = steps[0].hidden
+        if self._spread is not None:
+            x = x.to(self._spread[0])
+            arguments = [a.to(d) for a, d in zip(arguments, self._spread, strict=True)]
+        return x, arguments
 
     @contextlib.contextmanager
     def own_parts(self, layer: Layer) -> Iterator[None]:
@@ -282,6 +372,8 @@ class LayeredModel:
     def run_layer(self, number: int, x: Tensor, arguments: LayerArguments, run: LayerRun) -> Tensor:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
+        if self._spread is not None:
+            x = x.to(self._spread[number])
         run.shape = x.shape[0], x.shape[1]
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(self.attending(run, len(x)))
@@ -329,7 +421,14 @@ class LayeredModel:
         ids = torch.full(x.shape[:2], self.plain_token, dtype=torch.int64, device=self.device)
         with self._stepped_over(x):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+        return logits if self._spread is None else logits.to(self.device)
+
+
+def _require_grad(parameters: Sequence[tuple[nn.Module, str]], wanted: bool) -> None:
+    for module, name in parameters:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        parameter.requires_grad_(wanted)
 
 
 def _watch(module: nn.Module, kind: str, run: LayerRun, shape: torch.Size) -> Any:

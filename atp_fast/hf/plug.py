@@ -41,11 +41,14 @@ class Plug(LayeredModel):
     NotImplementedError, naming the class and the reason, for one that cannot be served exactly.
     """
 
-    def __init__(self, model: nn.Module, backend: str = "auto") -> None:
+    def __init__(self, model: nn.Module, backend: str = "auto", memory: int | None = None) -> None:
+        """memory: bytes that a call may take, which must hold a layer whose weights are fetched."""
         served = check_model(model)
         with alone_with(served):
             check_eval(served)
             super().__init__(served, backend)
+            if memory is not None:
+                self.check_fits(memory)
             with self._refusing():
                 self._open()
 
@@ -153,7 +156,7 @@ class Plug(LayeredModel):
         windows, streams = [], []
         for number, layer in enumerate(self.layers):
             run = LayerRun(backend=self.backend, cut=True)
-            x = x.detach().requires_grad_()
+            x = self.moved(x, number).detach().requires_grad_()
             streams.append(x.detach())
             try:
                 with self.attending(run, len(x)), self.own_parts(layer):
@@ -282,7 +285,7 @@ class Plug(LayeredModel):
                 args, kwargs, _ = arguments[number]
                 eager = first_tensor(layer.module(streams[number], *args, **kwargs))
                 self._check_close(f"layer {number}'s output", streams[number + 1], eager)
-                x = first_tensor(layer.module(x, *args, **kwargs))
+                x = first_tensor(layer.module(self.moved(x, number), *args, **kwargs))
             self._check_close("logits", self.logits(x), own)
 
     @staticmethod
@@ -293,7 +296,7 @@ class Plug(LayeredModel):
     @staticmethod
     def error(ours: Tensor, own: Tensor) -> float:
         """The largest difference, as a share of the largest value."""
-        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30))
+        return float((ours.to(own.device) - own).abs().max() / own.abs().max().clamp(min=1e-30))
 
     def _check_close(self, what: str, ours: Tensor, own: Tensor) -> None:
         error = self.error(ours, own)

@@ -9,17 +9,27 @@ first differing token, or in its padding, have effect 0 and cost nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atp_fast.attribution.batch import filled
-from atp_fast.attribution.memory import Budget, patched_rows, stored_pairs
-from atp_fast.attribution.runs import PairRuns, both_logits, metric_logits, run_pairs
+from atp_fast.attribution.batch import enter_pairs, extent, filled
+from atp_fast.attribution.memory import Budget, patched_rows, stored_bytes, stored_pairs
+from atp_fast.attribution.runs import (
+    PairRuns,
+    Steps,
+    both_logits,
+    check_outputs,
+    metric_logits,
+    run_in_steps,
+)
+from atp_fast.attribution.streaming import abreast
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
 from atp_fast.metrics import METRICS_BY_NAME, Metric, check_rows
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
+from atp_fast.patching.lockstep import Alone, Job, Lockstep
 from atp_fast.prompts.pairs import PromptPairs
 
 
@@ -51,6 +61,14 @@ class Patches(NamedTuple):
         return Patches(*(column[which] for column in self))
 
 
+class RowBatch(NamedTuple):
+    """Rows that are run together: their numbers, the lowest patched layer and the first patched position of any."""
+
+    rows: Tensor
+    first: int
+    begin: int
+
+
 _PAIRS_AT_ONCE = 16  # more of them share fewer leading tokens
 
 
@@ -58,7 +76,8 @@ class Patching:
     """Pairs ready to be patched again and again, in batches.
 
     The two runs of a batch, a quarter of the budget at most, are made when it is first patched, and kept for the next time as
-    long as all that are kept fit half of the budget; the rest is for the rows run at once.
+    long as all that are kept fit half of the budget; the rest is for the rows run at once. Where weights have to be fetched, batches
+    that fit half of the budget are run, and patched, in lockstep, and all are kept or none.
     """
 
     def __init__(
@@ -71,15 +90,22 @@ class Patching:
         pairs_at_once: int | None = None,
     ) -> None:
         """kinds: the node kinds that will be patched; pairs_at_once: of a batch, by default as the budget has it."""
+        self._turns = Lockstep(plug, budget) if plug.offloaded else Alone(budget)
+        budget = self._turns.budget
         order = torch.argsort(pairs.split, descending=True, stable=True)
         size = len(pairs)
+        most = int(torch.maximum(pairs.lengths, pairs.corrupted_lengths).max())
         if not metric.all_pairs_at_once:
-            most = int(torch.maximum(pairs.lengths, pairs.corrupted_lengths).max())
             room = budget.bytes // 4
             size = pairs_at_once or min(_PAIRS_AT_ONCE, stored_pairs(plug, room, most, kinds))
         self.batches = (
             [torch.arange(len(pairs))] if size >= len(pairs) else list(torch.split(order, size))
         )
+        self._together, self._keeps = 1, True
+        if plug.offloaded:
+            batch = stored_bytes(plug, kinds) * most * len(self.batches[0])
+            self._together = max(1, budget.bytes // 2 // batch)
+            self._keeps = self._together >= len(self.batches)
         self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
         self._budget, self._stored = budget, 0
         self._kept: dict[int, PatchSession] = {}
@@ -96,20 +122,36 @@ class Patching:
 
     def sessions(self) -> Iterator[PatchSession]:
         """Each batch, inside `plug.plugged()`."""
-        return (self._session(number) for number in range(len(self.batches)))
+        for group in self._groups(range(len(self.batches))):
+            yield from self._sessions(group)
 
-    def _session(self, number: int) -> PatchSession:
-        session = self._kept.get(number)
-        if session is None:
-            pairs = self.pairs[self.batches[number]]
-            session = PatchSession(self.plug, pairs, self.metric, self.kinds)
+    def _groups(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Numbers of batches that are run together."""
+        for first in range(0, len(numbers), self._together):
+            yield numbers[first : first + self._together]
+
+    def _sessions(self, numbers: Sequence[int]) -> list[PatchSession]:
+        """A group's sessions, with room for patched rows beside all of them."""
+        made = {
+            number: PatchSession(
+                self.plug, self.pairs[self.batches[number]], self.metric, self.kinds
+            )
+            for number in numbers
+            if number not in self._kept
+        }
+        self._turns.open([session.open() for session in made.values()])
+        beside = 0
+        for number, session in made.items():
             self._values[number] = session.clean_value.cpu()
             stored = session.stored_bytes()
-            if self._stored + stored <= self._budget.bytes // 2:
+            if self._keeps and self._stored + stored <= self._budget.bytes // 2:
                 self._kept[number], self._stored = session, self._stored + stored
-        beside = 0 if number in self._kept else session.stored_bytes()
-        session.room = self._budget.bytes - self._stored - beside
-        return session
+            else:
+                beside += stored
+        sessions = [self._kept.get(number) or made[number] for number in numbers]
+        for session in sessions:
+            session.room = (self._budget.bytes - self._stored - beside) // self._turns.share
+        return sessions
 
     def _gather(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of all batches back in the pairs' own order."""
@@ -148,31 +190,58 @@ class Patching:
         effect = torch.zeros((len(self.pairs), count), dtype=torch.float64)
         measured = torch.zeros(effect.shape, dtype=torch.bool)
         dtype = torch.float32
+        batch_of = torch.empty(len(self.pairs), dtype=torch.int64)
         for number, rows in enumerate(self.batches):
-            place = torch.full((len(self.pairs),), -1)
-            place[rows] = torch.arange(len(rows))
-            mine = None if pair_index is None else (place[pair_index] >= 0).nonzero().flatten()
-            if mine is not None and len(mine) == 0 and number in self._values:
-                continue  # its runs need not be made again
-            session = self._session(number)
-            dtype = session.clean_value.dtype
-            present = _all_present(self.pairs[rows], table, subset, node, count)
-            if pair_index is None or mine is None:
-                part = session.effects(table, subset, node, count, advance=advance)
-                effect[rows] = part.double()
-                measured[rows] = present
-                del session  # before the next one is made
-                continue
-            renumber = torch.full((count,), -1)
-            renumber[mine] = torch.arange(len(mine))
-            member = renumber[subset] >= 0
-            where = pair_index[mine]
-            effect[where, mine] = session.effects(
-                table, renumber[subset[member]], node[member], len(mine), place[where], advance
-            ).double()
-            measured[where, mine] = present[place[where], mine]
-            del session
+            batch_of[rows] = number
+        asked = set(
+            range(len(self.batches)) if pair_index is None else batch_of[pair_index].tolist()
+        )
+        # the runs of others need not be made again
+        wanted = [n for n in range(len(self.batches)) if n in asked or n not in self._values]
+        for group in self._groups(wanted):
+            dtype = self._measure(group, table, subset, node, pair_index, advance, effect, measured)
         return effect.to(dtype), measured
+
+    def _measure(
+        self,
+        group: Sequence[int],
+        table: NodeTable,
+        subset: Tensor,
+        node: Tensor,
+        pair_index: Tensor | None,
+        advance: Callable[[int], object],
+        effect: Tensor,
+        measured: Tensor,
+    ) -> torch.dtype:
+        """Put the effects on a group of batches into `effect` and `measured`; the metric's type. No session is left behind."""
+        count = effect.shape[1]
+        parts: list[tuple[Any, Tensor, Tensor]] = []
+        jobs: list[Job] = []
+        sessions = self._sessions(group)
+        for number, session in zip(group, sessions, strict=True):
+            rows = self.batches[number]
+            where: Any = rows
+            present = _all_present(self.pairs[rows], table, subset, node, count)
+            if pair_index is None:
+                part, some = session.start(table, subset, node, count, advance=advance)
+            else:
+                place = torch.full((len(self.pairs),), -1)
+                place[rows] = torch.arange(len(rows))
+                mine = (place[pair_index] >= 0).nonzero().flatten()
+                renumber = torch.full((count,), -1)
+                renumber[mine] = torch.arange(len(mine))
+                member = renumber[subset] >= 0
+                pair = place[pair_index[mine]]
+                where, present = (pair_index[mine], mine), present[pair, mine]
+                part, some = session.start(
+                    table, renumber[subset[member]], node[member], len(mine), pair, advance
+                )
+            parts.append((where, part, present))
+            jobs += some
+        self._turns.run(jobs, sessions[0].room)
+        for where, part, present in parts:
+            effect[where], measured[where] = part.double(), present
+        return sessions[0].clean_value.dtype
 
 
 def _all_present(
@@ -187,7 +256,12 @@ def _all_present(
 
 
 class PatchSession:
-    """A batch of pairs ready to be patched: both runs, the node values of both, and the clean metric."""
+    """A batch of pairs, ready to be patched once `open` has run: both runs, the node values of both, and the clean metric."""
+
+    runs: PairRuns
+    clean_value: Tensor
+    source_logits: Tensor | None
+    clean_logits: Tensor | None
 
     def __init__(
         self,
@@ -197,9 +271,17 @@ class PatchSession:
         kinds: Sequence[str],
     ) -> None:
         """kinds: the node kinds that will be patched."""
-        self.plug, self.pairs, self.metric = plug, pairs, metric
+        self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
         self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
-        self.runs: PairRuns = run_pairs(plug, pairs, kinds, keep_values=True)
+
+    def open(self) -> Steps[None]:
+        """Steps: entering, every layer, the logits."""
+        plug, metric = self.plug, self.metric
+        batch = enter_pairs(plug, self.pairs, *extent(plug, self.pairs))
+        self.runs = yield from run_in_steps(plug, batch, self.kinds, keep_values=True)
+        check_outputs(plug, batch, self.runs)
+        del batch
+        yield
         with torch.no_grad():
             last, self.source_logits = self.runs.clean[-1], None
             if metric.needs_source_logits:
@@ -232,7 +314,7 @@ class PatchSession:
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(sizes.values())
 
-    def effects(
+    def start(
         self,
         table: NodeTable,
         subset: Tensor,
@@ -240,12 +322,12 @@ class PatchSession:
         subsets: int,
         pair_index: Tensor | None = None,
         advance: Callable[[int], object] = lambda rows: None,
-    ) -> Tensor:
-        """Signed effects of patching each subset of nodes at once.
+    ) -> tuple[Tensor, list[Job]]:
+        """Signed effects of patching each subset of nodes at once, and what has to be run before they are there.
 
         subset, node: (members,), subset number and row of `table` of every member;
         pair_index: (subsets,), the pair each subset is measured on; every pair when None.
-        Returns (pairs, subsets), or (subsets,) with pair_index.
+        The effects are (pairs, subsets), or (subsets,) with pair_index.
         """
         pairs = len(self.pairs)
         if pair_index is None:
@@ -267,16 +349,38 @@ class PatchSession:
                 raise ValueError(
                     "pair_index needs a metric of single pairs, got one that sees all pairs at once"
                 )
-            self._all_at_once(patches, found.view(pairs, subsets), advance)
-        else:
-            done = 0
-            for rows in self._batches(patches, len(row_pair)):
-                logits = self._run(patches, rows, row_pair)
-                found[rows] = self._values(logits, row_pair[rows]).cpu()
-                advance(len(rows))
-                done += len(rows)
-            advance(len(row_pair) - done)
-        return found.view(pairs, subsets) if pair_index is None else found
+            return found.view(pairs, subsets), self._all_at_once(
+                patches, found.view(pairs, subsets), advance
+            )
+        batches = self._batches(patches, len(row_pair))
+        advance(len(row_pair) - sum(len(batch.rows) for batch in batches))
+        jobs = [
+            self._job(
+                [batch], partial(self._measure, patches, batch.rows, row_pair, found, advance)
+            )
+            for batch in batches
+        ]
+        return found.view(pairs, subsets) if pair_index is None else found, jobs
+
+    def _job(self, batches: Sequence[RowBatch], steps: Callable[[int], Steps[None]]) -> Job:
+        rotations = 2 * len(self.pairs) * self.plug.inspection.head_dim
+        hidden = self.plug.inspection.hidden
+        waits = sum((len(b.rows) * hidden + rotations) * self._width(b.begin) for b in batches)
+        return Job(steps, min(batch.first for batch in batches), self.plug.itemsize * waits)
+
+    def _measure(
+        self,
+        patches: Patches,
+        rows: Tensor,
+        row_pair: Tensor,
+        found: Tensor,
+        advance: Callable[[int], object],
+        first: int,
+    ) -> Steps[None]:
+        """Run a batch of rows from layer `first` on; their values are put into `found`."""
+        logits = yield from self._run(patches, rows, row_pair, first)
+        found[rows] = self._values(logits, row_pair[rows]).cpu()
+        advance(len(rows))
 
     def _positions(self, pair: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         """Positions, from the prompt's first token, of each pair's column or of all tokens of its span, and the number
@@ -306,28 +410,50 @@ class PatchSession:
 
     def _all_at_once(
         self, patches: Patches, found: Tensor, advance: Callable[[int], object]
-    ) -> None:
+    ) -> list[Job]:
         """For a metric that must see all pairs' logits in one call: as many subsets at a time as one batch has rows for."""
         pairs, subsets = found.shape
-        assert self.clean_logits is not None
-        row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        jobs = []
         group = max(1, self._rows(self.runs.start) // pairs)
         for first in range(0, subsets, group):
             part = torch.arange(first, min(first + group, subsets))
             column = patches.row % subsets
             mine = patches.take((column >= first) & (column < first + group))
-            logits = self.clean_logits.expand(len(part), *self.clean_logits.shape).clone()
-            for rows in self._batches(mine, pairs * subsets):
-                at = (rows % subsets - first).to(logits.device), row_pair[rows].to(logits.device)
-                logits[at] = self._run(mine, rows, row_pair)
-            for subset in torch.unique(mine.row % subsets).tolist():  # the others change nothing
-                values = self.metric(logits[subset - first], self.pairs, self.source_logits)
-                found[:, subset] = (values - self.clean_value).cpu()
-            advance(pairs * len(part))
+            batches = self._batches(mine, pairs * subsets)
+            if batches:
+                steps = partial(self._measure_at_once, mine, part, batches, found, advance)
+                jobs.append(self._job(batches, steps))
+            else:
+                advance(pairs * len(part))
+        return jobs
+
+    def _measure_at_once(
+        self,
+        patches: Patches,
+        part: Tensor,
+        batches: Sequence[RowBatch],
+        found: Tensor,
+        advance: Callable[[int], object],
+        first: int,
+    ) -> Steps[None]:
+        """_measure for the subsets `part` on all pairs."""
+        pairs, subsets = found.shape
+        row_pair = torch.arange(pairs).repeat_interleave(subsets)
+        runs = [self._run(patches, batch.rows, row_pair, first) for batch in batches]
+        patched = yield from abreast(runs)
+        assert self.clean_logits is not None
+        logits = self.clean_logits.expand(len(part), *self.clean_logits.shape).clone()
+        for (rows, *_), theirs in zip(batches, patched, strict=True):
+            at = (rows % subsets - part[0]).to(logits.device), row_pair[rows].to(logits.device)
+            logits[at] = theirs
+        for subset in torch.unique(patches.row % subsets).tolist():  # the others change nothing
+            values = self.metric(logits[subset - int(part[0])], self.pairs, self.source_logits)
+            found[:, subset] = (values - self.clean_value).cpu()
+        advance(pairs * len(part))
 
     # ---- batches of rows
 
-    def _batches(self, patches: Patches, rows: int) -> list[Tensor]:
+    def _batches(self, patches: Patches, rows: int) -> list[RowBatch]:
         """Rows with a patch, in batches of similar first position, each sorted by first layer."""
         layer, position = _firsts(patches, rows)
         touched = torch.unique(patches.row)
@@ -337,18 +463,26 @@ class PatchSession:
         while start < len(order):
             begin = int(position[order[start]]) if self.plug.moves else 0
             size = self._rows(begin)
-            batches.append(order[start : start + size])
+            mine = order[start : start + size]
+            batches.append(RowBatch(mine, int(layer[mine].min()), begin))
             start += size
         return batches
 
     def _rows(self, begin: int) -> int:
         """Rows run at once whose first position is `begin`."""
         logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
-        width = self.runs.start + self.runs.positions - begin
-        return patched_rows(self.plug, self.room, width, begin, logits)
+        return patched_rows(self.plug, self.room, self._width(begin), begin, logits)
 
-    def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor) -> Tensor:
-        """Run patched rows from their first layer to the logits of the metric, in the order of `rows`."""
+    def _width(self, begin: int) -> int:
+        """Positions that are run of rows whose first one is `begin`."""
+        return self.runs.start + self.runs.positions - begin
+
+    @torch.no_grad()
+    def _run(self, patches: Patches, rows: Tensor, row_pair: Tensor, first: int) -> Steps[Tensor]:
+        """Run patched rows, none of which is patched below layer `first`, to the logits of the metric, in the order of `rows`.
+
+        Steps: entering, every layer from `first` on, the logits.
+        """
         plug, runs = self.plug, self.runs
         number = torch.full((int(row_pair.numel()),), -1, dtype=torch.int64)
         number[rows] = torch.arange(len(rows))
@@ -361,26 +495,50 @@ class PatchSession:
         mine = mine._replace(row=back[mine.row])
         layers, pair = layers[order], row_pair[rows][order].to(plug.device)
         ids = filled(runs.pairs.clean_ids, runs.pairs.attention_mask)[:, begin:]
-        with torch.no_grad():
-            arguments = plug.enter(ids, begin)[1]
-            x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
-            last = len(plug.layers) - 1
-            for layer in range(int(layers[0]), last + 1):
-                active = int((layers <= layer).sum())
-                joining = pair[len(x) : active]
-                if len(joining):
-                    x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
+        arguments, last, end = plug.enter(ids, begin)[1], len(plug.layers) - 1, None
+        if plug.moves and self.end is not None and begin < self.end:
+            end = plug.enter(ids[:, -1:], self.end)[1][last]
+        x = runs.clean[0].new_empty((0, ids.shape[1], runs.clean[0].shape[-1]))
+        for layer in range(first, last + 1):
+            yield
+            active = int((layers <= layer).sum())
+            if active == 0:
+                continue
+            x = plug.moved(x, layer)
+            joining = pair[len(x) : active].to(x.device)
+            if len(joining):
+                x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
+            given = arguments[layer]
+            if layer == last and end is not None:
+                x = self._run_end(x, mine, pair, begin, given, end)
+            else:
                 prefix = self._clean_prefix(layer, pair[:active], begin)
-                if layer == last and plug.moves and self.end is not None and begin < self.end:
-                    patch, _ = self._patch(layer, mine, pair, begin)
-                    given = arguments[layer].rows(pair, len(self.pairs))
-                    whole = plug.keys_values(layer, patch("resid_pre", x), given, prefix, patch)
-                    prefix = Prefix(*(t[:, :, : self.end] for t in whole))
-                    x, begin = x[:, self.end - begin :], self.end
-                    arguments = plug.enter(ids[:, -1:], begin)[1]
-                x = self._run_layer(layer, x, mine, pair, begin, arguments[layer], prefix)
-            check_finite(x, "a patched run")
-            return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
+                x = self._run_layer(layer, x, mine, pair, begin, given, prefix)
+                del prefix
+        yield
+        check_finite(x, "a patched run")
+        if end is not None and self.end is not None:
+            begin = self.end
+        return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
+
+    def _run_end(
+        self,
+        x: Tensor,
+        patches: Patches,
+        pair: Tensor,
+        begin: int,
+        arguments: LayerArguments,
+        at_end: LayerArguments,
+    ) -> Tensor:
+        """The last layer's output at the metric's one position, on rows x (rows, positions from `begin`, hidden)."""
+        plug, layer, end = self.plug, len(self.plug.layers) - 1, self.end
+        assert end is not None
+        patch, _ = self._patch(layer, patches, pair, begin)
+        given = arguments.rows(pair, len(self.pairs))
+        prefix = self._clean_prefix(layer, pair, begin)
+        whole = plug.keys_values(layer, patch("resid_pre", x), given, prefix, patch)
+        prefix = Prefix(*(t[:, :, :end] for t in whole))
+        return self._run_layer(layer, x[:, end - begin :], patches, pair, end, at_end, prefix)
 
     def _run_layer(
         self,
@@ -404,14 +562,16 @@ class PatchSession:
             return None
         kept = self.runs.keys_values[layer]
         assert kept is not None  # prefixes are run alone only where every layer has attention
-        return Prefix(*(t[:, :, :begin][pair] for t in kept))
+        return Prefix(*(t[:, :, :begin][pair.to(t.device)] for t in kept))
 
     def _patch(
         self, layer: int, patches: Patches, pair: Tensor, begin: int
     ) -> tuple[Visit, tuple[str, ...]]:
         """A function that makes a layer's patches from position `begin` on, and the kinds that have some."""
         here = patches.take((patches.layer == layer) & (patches.position >= begin))
-        corrupted, start, device = self.runs.values[layer], self.runs.start, pair.device
+        corrupted, start = self.runs.values[layer], self.runs.start
+        device = self.plug.device_of(layer)
+        pair = pair.to(device)
 
         def patch(kind: str, value: Tensor) -> Tensor:
             at = here.take(here.kind == KINDS.index(kind))
@@ -432,15 +592,16 @@ class PatchSession:
 
     def _logits(self, x: Tensor, pair: Tensor, begin: int) -> Tensor:
         """Logits where the metric looks, of the last layer's output x (rows, positions from `begin`, hidden)."""
-        rows = torch.arange(len(x), device=x.device)
         if self.metric.positions == "last":
-            return self.plug.logits(x[rows, self.runs.pairs.last[pair] - begin][:, None])
+            rows = torch.arange(len(x), device=x.device)
+            last = (self.runs.pairs.last[pair] - begin).to(x.device)
+            return self.plug.logits(x[rows, last][:, None])
         assert self.clean_logits is not None
         given = self.pairs
         logits = self.clean_logits[pair].clone()
         patched = self.plug.logits(x)
-        columns = torch.arange(logits.shape[1], device=x.device)
-        source = columns - given.starts.to(x.device)[pair][:, None] - begin
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        source = columns - given.starts.to(logits.device)[pair][:, None] - begin
         real = (source >= 0) & (source < patched.shape[1])
         gathered = patched.gather(
             1, source.clamp(0, patched.shape[1] - 1)[..., None].expand_as(logits)
