@@ -7,6 +7,9 @@ Random prompts and weights; the nodes q, k, v, z and neuron; float32. Rows go to
   many       GPT-NeoX of 4 layers, 32 tokens, 100, 1,000 and 10,000 pairs in one call
   prefix     GPT-NeoX-160M, one pair of 1,024 tokens that differ in their last 1,024, 512, 128 or 32 only, and in
              "times_slower_than parts": the last one's seconds by those of a 32-token pair and one forward over 992 tokens
+  streamed   a Llama whose layers (360 MB) lie on disk, plain AtP on pairs of 16 tokens: all in one call, which fetches each
+             layer twice, and a call for each pair; "seconds_per_pair", and in "read_bytes" what was fetched. Files leave the
+             page cache once they are read, as those of a model larger than memory do
 Memory ("extra_peak_bytes") is resident memory above the loaded model, in a process of its own.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,12 +39,15 @@ from measure import (
     reset_peak,
     timed,
 )
-from random_models import NEOX_160M, NEOX_SMALL
+from random_models import LLAMA_90M, NEOX_160M, NEOX_SMALL
 from rows import RESULTS, RowFile
+from torch import Tensor
 
 from atp_fast.attribution.literal import literal_attribution
 from atp_fast.distributed import attribute_sharded
 from atp_fast.engine import Engine
+from atp_fast.hf.placement import Fetcher
+from atp_fast.prompts.pairs import PromptPairs
 
 built = functools.lru_cache(maxsize=1)(build)
 LITERAL_UP_TO = 1024
@@ -154,6 +161,62 @@ def bench_prefix(options: argparse.Namespace) -> None:
     measure("prefix", others, options)
 
 
+def bench_streamed(options: argparse.Namespace) -> None:
+    """One call for all pairs against a call for each, weights on disk."""
+    import accelerate
+
+    file = RowFile(options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(LLAMA_90M)
+        place = {"model.layers": "disk", "model": "cpu", "lm_head": "cpu"}
+        accelerate.dispatch_model(model, place, main_device="cpu", offload_dir=folder)
+        read = _count_reads(Path(folder))
+        engine = Engine(model)
+        for number in (1, 2) if options.quick else (1, 4, 16):
+            pairs = random_pairs(model, number, 16)
+
+            def once(pairs: PromptPairs = pairs) -> object:
+                return engine.attribute(pairs, "logit_diff", "atp", progress=False)
+
+            def one_by_one(pairs: PromptPairs = pairs) -> object:
+                return [
+                    engine.attribute(pairs[i : i + 1], "logit_diff", "atp", progress=False)
+                    for i in range(len(pairs))
+                ]
+
+            ways = {"one call": once, "a call for each pair": one_by_one}
+            fetched = {}
+            for mode, call in ways.items():
+                read.clear()
+                call()
+                fetched[mode] = sum(read)
+            timings = interleaved(ways, options.rounds, warmup=0, lock=options.lock)
+            for mode, timing in timings.items():
+                columns = Case(LLAMA_90M, 16, number, method="atp").columns("streamed")
+                columns["mode"] = f"atp, {mode}"
+                timing.write(file, **columns)
+                for metric, values in (("seconds", timing.wall), ("cpu_seconds", timing.cpu)):
+                    file.add([x / number for x in values], metric=f"{metric}_per_pair", **columns)
+                file.add([fetched[mode]], metric="read_bytes", **columns)
+
+
+def _count_reads(folder: Path) -> list[int]:
+    """Bytes of each fetch from now on; what was read leaves the page cache."""
+    read: list[int] = []
+    own = Fetcher.fetch
+
+    def fetch(self: Fetcher) -> dict[str, Tensor]:
+        values = own(self)
+        for name, value in values.items():
+            read.append(value.nbytes)
+            with (folder / f"{self.hook.weights_map.prefix}{name}.dat").open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return values
+
+    Fetcher.fetch = fetch  # type: ignore[method-assign]
+    return read
+
+
 def bench_processes(options: argparse.Namespace) -> None:
     """The same shards by one process and by two; every round starts new ones."""
     file = RowFile(options.out)
@@ -230,6 +293,7 @@ PARTS = {
     "many": bench_many,
     "processes": bench_processes,
     "prefix": bench_prefix,
+    "streamed": bench_streamed,
 }
 
 

@@ -20,6 +20,7 @@ NEOX_160M = "gpt-neox-160m"
 GPT2_124M = "gpt2-124m"
 NEOX_SMALL = "gpt-neox-4l-256"
 LLAMA_1B = "llama-1.2b"
+LLAMA_90M = "llama-90m"
 GPT2_TINY = "gpt2-tiny"
 NEOX_TINY = "gpt-neox-tiny"
 
@@ -57,6 +58,17 @@ CONFIGS = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         dtype="bfloat16",
+    ),
+    # 360 MB of layers in float32, to be fetched from disk
+    LLAMA_90M: LlamaConfig(
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=2816,
+        vocab_size=8192,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
     ),
     # to try a benchmark's script out
     GPT2_TINY: GPT2Config(

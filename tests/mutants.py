@@ -33,6 +33,9 @@ class Fault(NamedTuple):
 
 
 SWEEP = "tests/test_sweep.py -k mixed"
+FETCHED = "tests/test_streaming.py -k fetched_twice"
+FILES = "tests/test_streaming.py -k goes_to_disk"
+DEVICES = "tests/test_placement.py -k two_devices"
 PATCH = "tests/test_patching.py -k mixed"
 EXPERTS = "tests/test_patching.py -k 'mixtral or gpt_oss'"
 STOP = "tests/test_engine.py -k stopped"
@@ -270,8 +273,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/scores.py",
-        "rows=place.rows if self.per_pair else None,",
-        "rows=torch.arange(len(place.rows)) if self.per_pair else None,",
+        "rows=None if table.pairs is None else place.rows,",
+        "rows=None if table.pairs is None else torch.arange(len(place.rows)),",
         SWEEP,
     ),
     Fault(
@@ -640,14 +643,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/hf/layers.py",
-        "                for p in trained:\n                    p.requires_grad_(True)",
+        "                _require_grad(trained, True)",
         "                pass",
         STOP,
     ),
     Fault(
         "atp_fast/hf/layers.py",
-        "trained = [p for p in self.model.parameters() if p.requires_grad]",
-        "trained = list(self.model.parameters())",
+        "if p is not None and p.requires_grad",
+        "if p is not None",
         STOP,
     ),
     Fault(
@@ -1243,6 +1246,77 @@ FAULTS = [
         "if none and scores.space.layers > 1 and",
         "if none and",
         HARD + "vanish",
+    ),
+    Fault(
+        "atp_fast/hf/placement.py",
+        "hook.weights_map, hook.offload = own, True",
+        "hook.weights_map = own",
+        FETCHED,
+    ),
+    Fault(
+        "atp_fast/hf/placement.py",
+        "hook.weights_map, hook.offload = own, True",
+        "hook.offload = True",
+        FETCHED,
+    ),
+    Fault(
+        "atp_fast/hf/placement.py",
+        "if self._ahead and stage + 1 < len(self._stages):",
+        "if stage + 1 < len(self._stages):",
+        "tests/test_streaming.py -k ahead",
+    ),
+    Fault(
+        "atp_fast/hf/placement.py",
+        "return value if in_memory else _read(value)",
+        "return _read(value)",
+        "tests/test_streaming.py -k not_copied",
+    ),
+    Fault(
+        "atp_fast/hf/placement.py",
+        "same = torch.equal(sent, sent.to(other).to(device).to(other).cpu())",
+        "same = len(sent.to(other).to(device).to(other).cpu()) == 8",
+        "tests/test_placement.py -k refused",
+    ),
+    Fault(
+        "atp_fast/hf/layers.py",
+        "            if sum(sizes) > memory:",
+        "            if min(sizes) > memory:",
+        "tests/test_streaming.py -k below_one_layer",
+    ),
+    Fault(
+        "atp_fast/hf/layers.py",
+        "return logits if self._spread is None else logits.to(self.device)",
+        "return logits",
+        DEVICES,
+    ),
+    Fault(
+        "atp_fast/attribution/runs.py",
+        'at = self.source.clamp(min=0).to(values["resid_pre"].device)',
+        "at = self.source.clamp(min=0)",
+        DEVICES,
+    ),
+    Fault("atp_fast/engine.py", "        scores.gather()\n", "", DEVICES),
+    Fault(
+        "atp_fast/attribution/streaming.py",
+        "many = -(-plan.pairs // plan.sweep.pairs)",
+        "many = 1",
+        FETCHED,
+    ),
+    Fault("atp_fast/attribution/waiting.py", "self._folder.cleanup()", "pass", FILES),
+    Fault(
+        "atp_fast/attribution/waiting.py", "        os.unlink(self._path)", "        pass", FILES
+    ),
+    Fault(
+        "atp_fast/patching/lockstep.py",
+        "first = min(job.first for job in group)",
+        "first = 0",
+        "tests/test_streaming.py -k group_by_group",
+    ),
+    Fault(
+        "atp_fast/patching/sessions.py",
+        "self._keeps = self._together >= len(self.batches)",
+        "self._keeps = False",
+        "tests/test_streaming.py -k patching_fetches",
     ),
 ]
 

@@ -196,13 +196,21 @@ def test_what_waits_goes_to_disk_and_is_removed(
     wanted = engine.attribute(given, "nll", nodes=KINDS, progress=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = sorted(os.listdir(tmp_path))
-    files = no_room(monkeypatch, room)
+    files, most = no_room(monkeypatch, room), [0]
+    unlink = os.unlink
+
+    def noted(path: Any, **options: Any) -> None:
+        most[0] = max(most[0], len(os.listdir(Path(files[0]).parent)))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", noted)
     found = engine.attribute(given, "nll", nodes=KINDS, progress=False)
     for kind in KINDS:
         assert torch.equal(found.contribution[kind], wanted.contribution[kind])
     # four batches: inputs of three layers and the end, prefixes (two) and their stream, cotangents of three layers
     whole = 4 * (4 + 3 * 2 + 4 + 3)
     assert len(files) == whole if room == 0 else 0 < len(files) < whole
+    assert most[0] < whole - 10  # what is not needed any more goes at once
     assert sorted(os.listdir(tmp_path)) == before
 
 

@@ -228,7 +228,7 @@ def plan_sweep(
         return estimate_sweep(plug, plan, size, cost) <= budget.bytes
 
     pair_rows = rows // size.cotangents
-    if not plug.offloaded:  # such a model keeps no tapes, and every batch fetches its weights again
+    if not plug.offloaded:  # such a model keeps no tapes
         pair_rows = min(pair_rows, _rows_enough(plug, _TAPED_ROWS_ENOUGH))
     useful = -(-pair_rows // size.positions)
     batch = (

@@ -294,10 +294,11 @@ def neuron_importances(
             cotangent = top_cotangent(plug, runs, measure)[2]
             for number in reversed(range(shape.n_layers)):
                 first = 1 + number * (shape.n_heads + 1)
+                cotangent = plug.moved(cotangent, number)
                 scores, cotangent = _layer(plug, runs, number, projections[number], cotangent)
-                neurons[first : first + shape.n_heads + 1] += scores
+                neurons[first : first + shape.n_heads + 1] += scores.to(plug.device)
             moved = corrupted_values(plug, runs, 0, ())[1]["resid_pre"] - runs.clean[0]
-            neurons[0] += _products(runs, moved, cotangent)
+            neurons[0] += _products(runs, moved, cotangent).to(plug.device)
     return Importances(shape, neurons=sign * neurons / len(pairs))
 
 
@@ -328,7 +329,7 @@ def _layer(
     )
 
     heads, dim = run.z.shape[1], run.z.shape[3]
-    live, wide = runs.live, accumulation_dtype(tape.x)
+    live, wide = runs.live.to(tape.x.device), accumulation_dtype(tape.x)
     delta = (corrupted["z"] - run.z.detach()) * live[:, None, :, None]
     grad = grad_write[0].reshape(*live.shape, -1)
     moments = torch.einsum("bhte,btd->hed", delta.to(wide), grad.to(wide))
@@ -345,5 +346,5 @@ def _layer(
 
 def _products(runs: PairRuns, moved: Tensor, grad: Tensor) -> Tensor:
     """Sums over live positions of moved * grad, both (pairs, positions, hidden), entry by entry."""
-    products = moved * runs.live[..., None] * grad
+    products = moved * runs.live.to(moved.device)[..., None] * grad
     return products.sum((0, 1), dtype=accumulation_dtype(moved))
