@@ -188,7 +188,7 @@ class Engine:
         plan = self._plan(run_pairs, measure, chosen, space, budget)
         call = SweepCall(measure, chosen, space, dtype, per_pair)
         return sweep_estimate(
-            self.plug, run_pairs, self._batches(run_pairs, plan.pairs), plan, call
+            self.plug, run_pairs, self._batches(run_pairs, plan.sweep.pairs), plan, call
         )
 
     def patch(

@@ -6,7 +6,7 @@ multiplied by the layers, batches and cotangents that there are.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from atp_fast.attribution.question import Method
 from atp_fast.attribution.runs import PairRuns, corrupted_values, run_batch
 from atp_fast.attribution.runs import taped as tape_of
 from atp_fast.attribution.scores import Scores, weight_tables
+from atp_fast.attribution.streaming import StreamPlan
 from atp_fast.attribution.sweep import key_fixed, sweep_layer, sweep_size, top_cotangent
 from atp_fast.hf import LayerRun, Plug, Prefix
 from atp_fast.metrics import Metric
@@ -94,10 +95,13 @@ class _OneLayer(Scores):
         own = NodeSpace(1, space.positions, {kind: n for kind, n in counts.items() if n})
         super().__init__(own, method, plug.device, dtype, pairs)
         self._number = number
-        self._weights = weight_tables(method.graddrop, len(plug.layers), plug.device, dtype)
+        tables = weight_tables(method.graddrop, len(plug.layers), plug.device, dtype)
+        self._weights = {plug.device: tables}
 
-    def weights(self, kind: str, layer: int, first: int, count: int) -> Tensor:
-        return super().weights(kind, self._number, first, count)
+    def weights(
+        self, kind: str, layer: int, first: int, count: int, device: torch.device
+    ) -> Tensor:
+        return super().weights(kind, self._number, first, count, device)
 
     def add(self, kind: str, layer: int, *rest: Any, **options: Any) -> None:
         super().add(kind, 0, *rest, **options)
@@ -113,8 +117,7 @@ class _Trial:
         self, call: SweepCall, plug: Plug, number: int, batch: Batch, plan: SweepPlan, taped: bool
     ) -> None:
         clock, copies = _Clock(plug.device), 2
-        view = copy.copy(plug)
-        view.layers = [plug.layers[number]] * copies
+        view = plug.stacked(number, copies)
         plan = plan._replace(taped_from=0 if taped else copies)
         batch = replace(batch, both=_only(batch.both, number, copies))
         if batch.prefix is not None:
@@ -197,42 +200,51 @@ def sweep_estimate(
     plug: Plug,
     pairs: PromptPairs,
     batches: Sequence[Tensor],
-    plan: SweepPlan,
+    plan: StreamPlan,
     call: SweepCall,
 ) -> Estimate:
     """Of an attribution of pairs, as they are run, in these batches under this plan."""
-    size = sweep_size(plug, pairs, call.metric, call.method, call.space.kinds, plan.precision)
-    work = estimate_sweep(plug, plan, size)
+    size = sweep_size(plug, pairs, call.metric, call.method, call.space.kinds, plan.sweep.precision)
+    work = plan.bytes if plan.held else estimate_sweep(plug, plan.sweep, size)
     result = result_bytes(call.space, len(pairs) if call.per_pair else 0, call.dtype)
     with plug.plugged():
-        seconds = _sweep_seconds(plug, pairs[batches[0]], plan, call)
-    whole = len(pairs) / len(batches[0])
-    return Estimate(seconds * whole, by_device(plug, result, work), len(batches))
+        working, fetching = _sweep_seconds(plug, pairs[batches[0]], plan.sweep, call)
+    working *= len(pairs) / len(batches[0])
+    fetching *= 2 * -(-len(pairs) // plan.pairs)  # forwards, and the way back, of every group
+    ahead = plan.held is not None and plan.held.ahead
+    seconds = max(working, fetching) if ahead else working + fetching
+    return Estimate(seconds, by_device(plug, result, work), len(batches))
 
 
-def _sweep_seconds(plug: Plug, pairs: PromptPairs, plan: SweepPlan, call: SweepCall) -> float:
-    """Of one batch."""
+def _sweep_seconds(
+    plug: Plug, pairs: PromptPairs, plan: SweepPlan, call: SweepCall
+) -> tuple[float, float]:
+    """Of one batch's work, and of fetching every layer's weights once."""
     clock, extent = _Clock(plug.device), sweep_extent(plug, pairs)
     enter_pairs(plug, pairs, *extent)
-    batch, seconds = clock(lambda: enter_pairs(plug, pairs, *extent))
+    batch, working = clock(lambda: enter_pairs(plug, pairs, *extent))
+    fetching = 0.0
     runs: list[PairRuns] = []
-    for numbers in plug.alike:
-        for window in {plug.inspection.windows[number] for number in numbers}:
-            for taped in (False, True):
-                mine = [
-                    number
-                    for number in numbers
-                    if plug.inspection.windows[number] == window
-                    and (number >= plan.taped_from) == taped
-                ]
-                if mine:
-                    trial = _Trial(call, plug, mine[0], batch, plan, taped)
-                    swept = sum(trial.sweep(call.cotangents(plug, number)) for number in mine)
-                    seconds += len(mine) * trial.forward + swept
-                    runs = [trial.runs]
+    for mine, taped in _tried(plug, plan):
+        with contextlib.ExitStack() as stack:
+            fetching += len(mine) * clock(stack.enter_context, plug.holding(mine[0]))[1]
+            trial = _Trial(call, plug, mine[0], batch, plan, taped)
+        swept = sum(trial.sweep(call.cotangents(plug, number)) for number in mine)
+        working += len(mine) * trial.forward + swept
+        runs = [trial.runs]
     for _ in range(2):
         top = clock(top_cotangent, plug, runs[0], call.metric)[1]
-    return seconds + top
+    return working + top, fetching
+
+
+def _tried(plug: Plug, plan: SweepPlan) -> Iterator[tuple[list[int], bool]]:
+    """Layers that take the same time, and whether they leave tapes."""
+    groups: dict[tuple[int, int | None, bool], list[int]] = {}
+    for kind, numbers in enumerate(plug.alike):
+        for number in numbers:
+            taped = number >= plan.taped_from
+            groups.setdefault((kind, plug.inspection.windows[number], taped), []).append(number)
+    return ((numbers, taped) for (_, _, taped), numbers in groups.items())
 
 
 def patch_estimate(
@@ -256,10 +268,10 @@ def patch_estimate(
         kept += stored if stays else 0
         for rows in _rows_of(plug, pairs, table, start + positions, budget.bytes - held, logits):
             row = patched_row(plug, rows.width, rows.begin, logits)
-            work = max(work, held + rows.count * row)
-            positions_run += rows.count * rows.width * (layers - rows.layer)
-            rows_run += rows.count
-            if largest is None or rows.count * rows.width > largest.count * largest.width:
+            work = max(work, held + rows.rows * row)
+            positions_run += rows.rows * rows.width * (layers - rows.layer)
+            rows_run += rows.rows
+            if largest is None or rows.rows * rows.width > largest.rows * largest.width:
                 largest = rows
     seconds = 0.0
     if largest is not None:
@@ -273,7 +285,7 @@ def patch_estimate(
 class _Rows(NamedTuple):
     """Patched rows that are run together: how many, from which position and layer on, over how many positions."""
 
-    count: int
+    rows: int
     begin: int
     layer: int
     width: int
@@ -306,11 +318,11 @@ def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, fl
     clock, found = _Clock(plug.device), plug.inspection
     prompt = pairs[:1].right_padded(rows.begin + rows.width).to(plug.device)
     one, arguments = plug.enter(prompt.clean_ids[:, rows.begin :], rows.begin)
-    index = torch.zeros(rows.count, dtype=torch.int64)
-    x = one.expand(rows.count, -1, -1).contiguous()
+    index = torch.zeros(rows.rows, dtype=torch.int64)
+    x = one.expand(rows.rows, -1, -1).contiguous()
     prefix = None
     if rows.begin:
-        shape = (rows.count, found.kv_heads, rows.begin)
+        shape = (rows.rows, found.kv_heads, rows.begin)
         prefix = Prefix(*(x.new_zeros(*shape, dim) for dim in (found.head_dim, found.v_dim)))
     seconds = 0.0
     with torch.no_grad():
@@ -322,7 +334,7 @@ def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, fl
             seconds += layer * len(numbers) / len(plug.layers)
         for _ in range(2):
             top = clock(plug.logits, x[:, :1])[1]
-    return seconds / (rows.count * rows.width), top / rows.count
+    return seconds / (rows.rows * rows.width), top / rows.rows
 
 
 class _Clock:

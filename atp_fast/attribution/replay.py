@@ -109,7 +109,7 @@ class Replays:
         if (recording := self._recorded.pop(key, None)) is not None:
             self._recorded[key] = recording
             return self._replayed(key, recording, asked, eager)
-        size = sweep_size(plug, scores, metric, pairs, batch.start, batch.positions, plan.precision)
+        size = sweep_size(plug, pairs, metric, scores.method, scores.space.kinds, plan.precision)
         need = estimate_sweep(plug, plan._replace(pairs=len(pairs)), size)
         self._leave(self._room - need)
         if (kind := key[0]) not in self._holds:
@@ -277,10 +277,9 @@ class Recording:
         self._graphs.capture(functools.partial(self.layers, plug, runs))
         self._ends = replace(  # what the metric reads; the rest may go
             runs,
-            clean=runs.clean[-1:],
-            corrupted=runs.corrupted[-1:],
+            inputs=runs.inputs[-1:],
             arguments=[],
-            prefixes=[],
+            prefix=None if runs.prefix is None else runs.prefix.end(),
             tapes={},
         )
 

@@ -10,6 +10,7 @@ A run goes in steps, one per layer, between which others may take theirs: Steps 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -340,6 +341,12 @@ class _PrefixRun:
         assert run.k is not None and run.v is not None
         both = (t.expand(self._pairs, -1, -1, -1) for t in (run.k, run.v))
         self.kept.append(tuple(map(self._waiting.put, both)))
+
+    def end(self) -> _PrefixRun:
+        """The same with the last layer's output alone."""
+        found = copy.copy(self)
+        found._arguments, found.kept = [], []
+        return found
 
     @property
     def output(self) -> Tensor:

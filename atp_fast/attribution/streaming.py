@@ -48,7 +48,8 @@ class StreamPlan(NamedTuple):
     """How sweeps of many batches are done.
 
     sweep: of each batch; pairs: run in lockstep; held: of the weights, None where they stay in memory and every batch is swept
-    by itself; here, host: bytes on the model's device and in host memory for what waits.
+    by itself; here, host: bytes on the model's device and in host memory for what waits; bytes: of all, at the worst
+    moment.
     """
 
     sweep: SweepPlan
@@ -56,6 +57,7 @@ class StreamPlan(NamedTuple):
     held: Held | None = None
     here: int = 0
     host: int = 0
+    bytes: int = 0
 
 
 def stream_sweeps(
@@ -200,4 +202,5 @@ def plan_stream(
     disk = shutil.disk_usage(tempfile.gettempdir()).free // 2
     most = min(room // 4 // beside, (room + host + disk) // waits)
     group = pairs if together or most >= pairs else max(1, most // plan.pairs) * plan.pairs
-    return StreamPlan(plan, group, held, max(0, room - group * beside), host)
+    work = held.bytes + left - room + min(room, group * (beside + waits))
+    return StreamPlan(plan, group, held, max(0, room - group * beside), host, work)

@@ -11,6 +11,7 @@ ends.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from atp_fast.hf import experts  # noqa: F401  registers them
 from atp_fast.hf.activations import find_activations, fused
@@ -171,6 +173,14 @@ class LayeredModel:
     def moved(self, x: Tensor, number: int) -> Tensor:
         """x where a layer runs; what no layer is left for stays where it is."""
         return x if number == len(self.layers) else x.to(self.device_of(number))
+
+    def stacked(self, number: int, copies: int) -> Self:
+        """The model with one of its layers alone, so many times one above the other, to try what that layer takes."""
+        found = copy.copy(self)
+        found.layers = [self.layers[number]] * copies
+        if self._spread is not None:
+            found._spread = [self._spread[number]] * copies
+        return found
 
     def _places(self) -> list[torch.device] | None:
         """Where each layer runs, None where all of them run on the model's device."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from atp_fast.attribution.batch import enter_pairs, extent, filled
-from atp_fast.attribution.memory import Budget, patched_rows, stored_bytes, stored_pairs
+from atp_fast.attribution.memory import Budget, patched_rows, stored_pair, stored_pairs
 from atp_fast.attribution.runs import (
     PairRuns,
     Steps,
@@ -103,7 +103,7 @@ class Patching:
         )
         self._together, self._keeps = 1, True
         if plug.offloaded:
-            batch = stored_bytes(plug, kinds) * most * len(self.batches[0])
+            batch = stored_pair(plug, 0, most, kinds) * len(self.batches[0])
             self._together = max(1, budget.bytes // 2 // batch)
             self._keeps = self._together >= len(self.batches)
         self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
