@@ -97,7 +97,8 @@ class Engine:
         chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
         dtype = accumulation_dtype(next(self.model.parameters()))
         keep = len(pairs) if per_pair else 0
-        scores = Scores(space, chosen, self.plug.device, dtype, keep)
+        held = self.plug.shares.space(space)
+        scores = Scores(held, chosen, self.plug.device, dtype, keep)
         clean_value = torch.zeros(len(pairs), dtype=dtype)
         corrupted_value = torch.zeros(len(pairs), dtype=dtype)
         budget = self._budget()
@@ -281,6 +282,10 @@ class Engine:
         budget = self._budget()
         budget = budget._replace(bytes=max(1, budget.bytes - self._held()))
         return Patching(self.plug, run_pairs, resolve(metric, run_pairs), kinds, budget)
+        measure = resolve(metric, run_pairs)
+        self.plug.shares.check_same(**_facts(run_pairs, measure), nodes=kinds)
+        budget = budget_for(self.plug, self._asked_budget)
+        return Patching(self.plug, run_pairs, measure, kinds, budget)
 
     @recording
     def _patched(
@@ -308,6 +313,7 @@ class Engine:
             numbers = [[place[node] for node in subset] for subset in sets]
         if pair_index is not None:
             _check_pair_index(pair_index, len(sets or []), len(pairs))
+        self.plug.shares.check_same(nodes=distinct, subsets=numbers, pair_index=_listed(pair_index))
         began = time.perf_counter()
         patching = self.patching(pairs, kinds, metric, direction)
         rows = columns * (len(pairs) if pair_index is None else 1)
@@ -404,8 +410,10 @@ class Engine:
 
     def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
         parameter = next(self.model.parameters())
-        axis = {} if pairs.spans is None else {"axis": "span"}
-        return axis | {
+        some = {} if pairs.spans is None else {"axis": "span"}
+        if self.plug.shares.group is not None:
+            some["tensor_parallel"] = str(self.plug.shares.group.size)
+        return some | {
             "atp_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -428,6 +436,16 @@ def _warn_of_nothing(scores: Scores, pairs: PromptPairs, metric: Metric) -> None
             "them (part of it detached, or saturated?), or a forward hook cuts the graph",
             stacklevel=3,
         )
+
+
+def _facts(pairs: PromptPairs, metric: Metric) -> dict[str, object]:
+    """What processes that share a model must be given alike; pairs that were swapped have another digest."""
+    columns = tuple(pairs.starts.tolist())
+    return {"pairs": (pairs.digest(), pairs.width, columns), "metric": metric.name}
+
+
+def _listed(index: Tensor | None) -> list[int] | None:
+    return None if index is None else index.tolist()
 
 
 def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:

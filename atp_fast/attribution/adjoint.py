@@ -263,6 +263,13 @@ def _pass(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     return [(grad, own)]
 
 
+def _entered(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    """What the processes that share a model computed a part of, each: one sum for all cotangents."""
+    if isinstance(grad, Pending):
+        grad, own = grad.alone(), True
+    return [(node.group.sum(grad, own), True)]
+
+
 def _mm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
     if node.next_functions[1][0] is not None:
         return None
@@ -303,6 +310,8 @@ _RULES: dict[str, _Rule] = {
     "CloneBackward0": _pass,
     "AliasBackward0": _pass,
     "ToCopyBackward0": _pass,
+    "_EnteredBackward": _entered,
+    "_LeftBackward": _pass,
     "MmBackward0": _mm,
     "AddmmBackward0": _addmm,
     "GeluBackward0": _gelu,

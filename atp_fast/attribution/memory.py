@@ -97,12 +97,14 @@ def free_memory(device: torch.device) -> int:
 def budget_for(plug: Plug, asked: int | None, held: int = 0) -> Budget:
     """The asked budget, or half of what is free on each of the model's devices, shared by torchrun's processes on a machine.
 
-    held: bytes that recorded sweeps hold and would give back (attribution.replay).
+    held: bytes that recorded sweeps hold and would give back (attribution.replay). Of processes that share the model, the
+    least of theirs: all must do as much at once.
     """
     if asked is not None:
-        return Budget(asked, auto=False)
+        return Budget(-int(plug.shares.largest(-asked)), auto=False)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plug.device.type == "cpu" else 1
-    return Budget((min(map(free_memory, plug.devices)) + held) // 2 // sharing, auto=True)
+    free = (min(map(free_memory, plug.devices)) + held) // 2 // sharing
+    return Budget(-int(plug.shares.largest(-free)), auto=True)
 
 
 class SweepSize(NamedTuple):
@@ -141,7 +143,7 @@ class Costs(NamedTuple):
 
 
 def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
-    found, item, layers = plug.inspection, plug.itemsize, len(plug.layers)
+    found, item, layers = plug.shares.held, plug.itemsize, len(plug.layers)
     layer = measured_layers(plug)
     hidden = found.hidden
     heads = found.heads * (found.head_dim + found.v_dim)  # q and z
@@ -279,7 +281,7 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 def stored_pair(plug: Plug, start: int, positions: int, kinds: Sequence[str]) -> int:
     """Bytes that exact patching stores of a pair: layer inputs of both runs and the corrupted values of `kinds` at `positions`
     positions, the clean keys and values there and at the `start` positions before them."""
-    found, layers = plug.inspection, len(plug.layers)
+    found, layers = plug.shares.held, len(plug.layers)
     keys_values = found.kv_heads * (found.head_dim + found.v_dim)
     widths = {
         "q": found.heads * found.head_dim,
@@ -304,7 +306,7 @@ def patched_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:
     positions: of the row, that are run; prefix: positions before them, whose keys and values every row gets a copy of;
     logits: positions at which the metric looks.
     """
-    found, item = plug.inspection, plug.itemsize
+    found, item = plug.shares.held, plug.itemsize
     kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
     # a layer's forward, its input and that with a patch, and a patched copy of its widest values
     widest = max(found.neurons, found.heads * max(found.head_dim, found.v_dim))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -171,8 +171,9 @@ class Scores:
             )
         return self._away[kind, layer]
 
-    def gather(self) -> None:
-        """All sums in the tables of one device."""
+    def gather(self, whole: Callable[[str, Tensor], Tensor], space: NodeSpace) -> None:
+        """Make these the scores of a space, on one device, from those of its nodes that each process holds; whole: see
+        Shares.whole."""
         for (kind, layer), away in self._away.items():
             here = self._tables(kind, layer, self._device)
             here.score.copy_(away.score)
@@ -180,6 +181,12 @@ class Scores:
             if here.pairs is not None and away.pairs is not None:
                 here.pairs.copy_(away.pairs)
         self._away.clear()
+        for kind in space.kinds:
+            both = whole(kind, torch.stack([self.score[kind], self.effect[kind]]))
+            self.score[kind], self.effect[kind] = both
+            if self.per_pair is not None:
+                self.per_pair[kind] = whole(kind, self.per_pair[kind])
+        self.space = space
 
     def add(
         self,

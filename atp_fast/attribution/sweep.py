@@ -115,7 +115,14 @@ def try_layer(
             with watched:
                 found = sweep_layer(plug, runs, plan, scores, *at, cotangents, chunk, added)
             return found, chunk
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if (
+                group := plug.shares.group
+            ) is not None:  # the others are in the middle of this layer
+                raise torch.OutOfMemoryError(
+                    f"out of memory in layer {number} in process {group.rank} of the {group.size} that share the "
+                    "model: give a smaller memory_budget"
+                ) from error
             if release():
                 continue
             taken = min(chunk, len(cotangents))

@@ -90,8 +90,16 @@ def check_walk(plug: Plug) -> None:
                 continue
             tape = LayerTape(plug, number, plug.moved(x, number), arguments[number], None, ())
             run = tape.run
+            _check_alike(plug, tape.out.detach(), f"outputs of layer {number}")
             _compare(plug, number, [tape.out], [*_present(run.z), tape.x], generator)
-            _compare(plug, number, _present(run.q, run.k, run.v), [tape.x], generator)
+            # heads of its own have cotangents of their own
+            own = (
+                plug.shares.group.rank
+                if plug.shares.group is not None and plug.shares.copies("q") > 1
+                else 0
+            )
+            heads = torch.Generator().manual_seed(1 + own)
+            _compare(plug, number, _present(run.q, run.k, run.v), [tape.x], heads)
             x = tape.out.detach()
 
 
@@ -110,13 +118,26 @@ def _compare(
     if not outputs:
         return
     cotangents = [torch.randn((2, *x.shape), generator=generator).to(x) for x in outputs]
-    first = [c[0] for c in cotangents]
+    first, worst = [c[0] for c in cotangents], 0.0
     own = torch.autograd.grad(
         outputs, wanted, first, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     for ours, right in zip(Adjoint(outputs, wanted)(cotangents), own, strict=True):
         error = plug.error(ours[0], right)
         if bool(right.any()) and not error <= plug.tolerance(right):
-            raise NotImplementedError(
-                f"{plug.name} is not served: cotangents through layer {number} differ from autograd's by {error:.1e} of the largest"
-            )
+            worst = max(worst, error, key=lambda x: (x != x, x))
+    if (worst := plug.shares.largest(worst)) != 0:
+        raise NotImplementedError(
+            f"{plug.name} is not served: cotangents through layer {number} differ from autograd's by {worst:.1e} of the largest"
+        )
+    _check_alike(plug, own[-1], f"gradients by layer {number}'s input")
+
+
+def _check_alike(plug: Plug, x: Tensor, what: str) -> None:
+    """Processes that share the model must go on with the same, or part of a sum is missing."""
+    first, *others = [x] if plug.shares.group is None else plug.shares.group.parts(x)
+    if any(not plug.error(other, first) <= plug.tolerance(first) for other in others):
+        raise NotImplementedError(
+            f"{plug.name} is not served: processes that share it get different {what}: its tensor-parallel plan "
+            "splits a part of the layer that another leaves whole"
+        )

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from atp_fast import ops
 from atp_fast.hf import LayerArguments, LayerRun, Plug
+from atp_fast.ops.collectives import given_left, left
 from atp_fast.ops.functions import given_norm, given_rotation, norm, rotate
 from atp_fast.ops.linear import linear, own_product
 from atp_fast.ops.pending import Pending
@@ -166,4 +167,5 @@ _KNOWN: dict[Callable[..., Any], Callable[..., Any]] = {
     linear: _own_linear,
     torch.addmm: _addmm,
     rotate: given_rotation,
+    left: given_left,
 }

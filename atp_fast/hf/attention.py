@@ -83,6 +83,7 @@ class LayerRun:
     shape: tuple[int, int] = (0, 0)
     mixtures: list[Mixture] = field(default_factory=list)
     biased: bool = False  # q and k have a last dimension more, which holds a bias per key
+    entered: tuple[Tensor, Tensor] | None = None  # see hf/parallel.py
 
     def seen(self, kind: str, value: Tensor) -> Tensor:
         return value if self.visit is None else self.visit(kind, value)

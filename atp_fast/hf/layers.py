@@ -35,6 +35,7 @@ from atp_fast.hf.placement import (
     devices_of,
     fetchers,
 )
+from atp_fast.hf.parallel import find_parallel, held_tensor
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.hf.scores import taken_over
 from atp_fast.hf.switching import alone_with
@@ -122,6 +123,7 @@ class LayeredModel:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self.name = type(model).__name__
+        self.parallel = find_parallel(model)
         decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # of a model that also sees images or hears
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model
         self.own_softmax = not self.decoder._can_set_attn_implementation()
@@ -216,8 +218,10 @@ class LayeredModel:
 
     @functools.cached_property
     def layer_weights(self) -> int:
-        """Numbers that the parameters of the largest layer hold."""
-        return max(sum(p.numel() for p in layer.module.parameters()) for layer in self.layers)
+        """Numbers that the parameters of the largest layer hold, in this process."""
+        return max(
+            sum(held_tensor(p).numel() for p in layer.module.parameters()) for layer in self.layers
+        )
 
     @functools.cached_property
     def alike(self) -> list[list[int]]:
@@ -288,6 +292,12 @@ class LayeredModel:
                 _require_grad(trained, False)
                 self._spread = self._places()
                 with own_linears(self._linears, self.device, self.backend):
+                for p in trained:
+                    p.requires_grad_(False)
+                plain = (
+                    self.parallel.plain(self.backend) if self.parallel else contextlib.nullcontext()
+                )
+                with plain, own_linears(self._linears, self.device, self.backend):
                     yield
             finally:
                 _require_grad(trained, True)

@@ -179,6 +179,7 @@ class Plug(LayeredModel):
                 shapes.append((run.q.shape[1], run.k.shape[1], dim, run.v.shape[3]))
             layer.attention = run.attention_module
             counts.append(self._name_parts(number, calls, run, x.detach(), out.detach()))
+            self.shares.note(number, layer, run.mixtures)
             if self.moves and run.k is not None and run.v is not None:
                 prefix = Prefix(run.k[:, :, :half].detach(), run.v[:, :, :half].detach())
                 with torch.no_grad():
@@ -197,6 +198,7 @@ class Plug(LayeredModel):
         )
         found.hidden, found.windows = x.shape[-1], tuple(windows)
         self._count(counts)
+        self.shares.count_all()
         self._compare_with_eager(ids, [*streams, x], own)
 
     def _learn_rows(self, ids: Tensor, first: int, one: Sequence[LayerArguments]) -> None:

@@ -577,6 +577,8 @@ class PatchSession:
             at = here.take(here.kind == KINDS.index(kind))
             if len(at.row) == 0:
                 return value
+            mine, index = self.plug.shares.index(kind, at.index)
+            at = at._replace(index=index).take(mine)
             row, position, index = at.row.to(device), at.position.to(device), at.index.to(device)
             source, target = position - start, position - begin
             value = value.clone()
