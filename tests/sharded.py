@@ -19,6 +19,10 @@ def make_engine():
     return Engine(load_model(MODEL)[0])
 
 
+def make_split_engine():
+    return Engine(load_model(MODEL, tensor_parallel=2)[0])
+
+
 def make_half_engine():
     """Another model: the last layer writes half as much."""
     model = load_model(MODEL)[0]

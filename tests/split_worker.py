@@ -167,13 +167,18 @@ def traffic(model: Any) -> dict[str, int]:
         sums += 1
         return own(x, *args, **named)
 
-    for method in ("atp", "atp*"):
+    for name, method, how in (
+        ("atp", "atp", contextlib.nullcontext()),
+        ("atp*", "atp*", contextlib.nullcontext()),
+        ("twins", "atp*", twins()),
+    ):
         sums, dist.all_reduce = 0, count
         try:
-            engine.attribute(pairs, method=method, progress=False)
+            with how:
+                engine.attribute(pairs, method=method, progress=False)
         finally:
             dist.all_reduce = own
-        counted[method] = sums
+        counted[name] = sums
     return counted
 
 
@@ -230,6 +235,10 @@ def main(folder: Path) -> None:
         if name == "llama":
             found["many"] = many_answers(model, rank)
             found["traffic"] = traffic(model)
+            group = Engine(model).plug.shares.group
+            assert group is not None
+            nan = (float("nan"), 3.0)[rank]
+            found["largest"] = group.largest(-rank), group.largest(rank), group.largest(nan)
         assert state(model) == before
     found["trouble"] = trouble(folder, rank)
     torch.save(found, folder / f"found_{rank}.pt")

@@ -461,3 +461,51 @@ def test_ray_names_the_worker_and_the_pair_that_fail(tmp_path, two_workers, pair
         ray_sweep(sharded.make_engine, pairs, tmp_path, metric=wrong, **OPTIONS)
     with pytest.raises(ValueError, match="metric is 'wrong' there and 'nll' here"):
         ray_sweep(sharded.make_engine, pairs, tmp_path, metric="nll", **OPTIONS)
+
+
+@pytest.mark.slow
+def test_ray_groups_share_a_model_and_replace_one_that_lost_a_worker(
+    tmp_path, two_workers, pairs, whole
+):
+    flag = tmp_path / "died"
+
+    def deadly(logits, pairs):
+        if bool((pairs.answer_ids == 20 + TROUBLED).any()) and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), 9)
+        return difference(logits, pairs)
+
+    deadly.positions = "last"
+    found = ray_sweep(
+        sharded.make_split_engine,
+        pairs,
+        tmp_path / "run",
+        metric=deadly,
+        tensor_parallel=2,
+        **OPTIONS,
+    )
+    assert flag.exists() and found.metadata["tensor_parallel"] == "2"
+    for kind in whole.space.kinds:
+        scale = float(whole.effect[kind].abs().max())
+        assert float((found.effect[kind] - whole.effect[kind]).abs().max()) <= 1e-5 * scale
+    with pytest.raises(ValueError, match=r"tensor_parallel=3 workers of .* must fit into the clus"):
+        ray_sweep(sharded.make_split_engine, pairs, tmp_path / "more", tensor_parallel=3)
+
+
+@pytest.mark.slow
+def test_ray_groups_name_the_process_and_the_pairs(tmp_path, two_workers, pairs):
+    def dies(logits, pairs):
+        if bool((pairs.answer_ids == 20 + TROUBLED).any()):
+            os.kill(os.getpid(), 9)
+        return logits[:, -1, 0]
+
+    with pytest.raises(
+        ShardError, match="^process [01] of the 2 that share the model died too often on pairs 2, 9"
+    ):
+        ray_sweep(
+            *(sharded.make_split_engine, pairs, tmp_path),
+            **{"metric": dies, "tensor_parallel": 2, "retries": 0} | OPTIONS,
+        )
+    assert len(shard_files(tmp_path)) == 3
+    with pytest.raises(ValueError, match="make_engine must load its model with tensor_parallel=2"):
+        ray_sweep(sharded.make_engine, pairs, tmp_path, tensor_parallel=2)

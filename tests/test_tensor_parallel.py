@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,19 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+import sharded
 import split_worker as worker
+from atp_fast import Attribution, load_model
+from atp_fast.cli import app
+from atp_fast.distributed import attribute_sharded
+from atp_fast.distributed.peers import Peers
 
 WORKER = Path(worker.__file__)
 
 
+_stores: list[dist.Store] = []  # as torchrun's agent has them, whose processes may die
+
+
 def start(*command: object, processes: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
     """Processes that know of each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
     found = []
     for rank in range(processes):
         known = {
@@ -33,7 +41,8 @@ def start(*command: object, processes: int = 2, **environment: str) -> list[subp
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             "TRANSFORMERS_VERBOSITY": "error",
@@ -155,11 +164,18 @@ def test_both_processes_have_the_same_bits(both: list[dict[str, Any]]) -> None:
 def test_sums_over_processes_are_two_a_layer_each_way_for_any_cotangents(
     both: list[dict[str, Any]],
 ) -> None:
-    """Forward: the prefix, the clean and the corrupted prompts; back: all but the first layer's attention, and the head."""
+    """Forward: the prefix, the clean and the corrupted prompts, or both at once; back: all but the first layer's attention,
+    and the head."""
     layers = 3
     wanted = 2 * layers * 3 + (2 * layers - 1) + 1
     for found in both:
-        assert found["traffic"] == {"atp": wanted, "atp*": wanted}
+        twins = wanted - 2 * layers
+        assert found["traffic"] == {"atp": wanted, "atp*": wanted, "twins": twins}
+
+
+def test_what_is_agreed_on_is_the_largest_and_nan_counts(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["largest"][:2] == (0.0, 1.0) and found["largest"][2] != found["largest"][2]
 
 
 def test_a_call_leaves_the_model_as_it_was(both: list[dict[str, Any]]) -> None:
@@ -211,3 +227,90 @@ def test_memory_that_runs_out_is_not_tried_again_by_one_process_alone(
             f"OutOfMemoryError: out of memory in layer 2 in process {rank} of the 2 that share the model: give a smaller "
             "memory_budget"
         )
+
+
+# ---- shards over groups of processes
+
+RUN = Path(__file__).parent / "split_run.py"
+
+
+def shard_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("0*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_dead_process_is_named_and_another_number_of_groups_goes_on(tmp_path: Path) -> None:
+    """Two groups of two, in the second of which one is killed with SIGKILL on a pair; then one group alone."""
+    folder = tmp_path / "run"
+    ranks = start(RUN, folder, processes=4, TROUBLE="die", TROUBLED_RANKS="1 3")
+    errors = finished(ranks)
+    dead = next(rank for rank in (1, 3) if ranks[rank].returncode == -9)
+    said = f"ShardError: rank {dead - 1} failed on pairs 2, 9: RuntimeError: "
+    died = f"(rank {dead}, of those that share the model, gave no sign: has it died"
+    for rank, error in enumerate(errors):
+        if rank != dead:
+            assert ranks[rank].returncode == 1
+            assert said in error and died in error, error[-2000:]
+    done = shard_files(folder)
+    assert 2 <= len(done) <= 5
+    before = {name: (folder / name).stat().st_mtime_ns for name in done}
+    pairs, options = sharded.make_pairs(), {"metric": sharded.difference, **sharded.OPTIONS}
+    engine = sharded.make_engine()
+    with pytest.raises(ValueError, match="tensor_parallel is 2 there and None here"):
+        attribute_sharded(engine, pairs, folder, **options)
+    errors = finished(processes := start(RUN, folder))
+    assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
+    assert {name: (folder / name).stat().st_mtime_ns for name in done} == before
+    wanted = attribute_sharded(engine, pairs, tmp_path / "alone", **options)
+    first, second = (Attribution.load(folder / f"found_{rank}.safetensors") for rank in range(2))
+    assert first.metadata["tensor_parallel"] == "2" and "tensor_parallel" not in wanted.metadata
+    for kind in wanted.space.kinds:
+        assert torch.equal(first.effect[kind], second.effect[kind])
+        # float32: see the test above of what the parts' sums round
+        assert_close({kind: first.effect[kind]}, {kind: wanted.effect[kind]}, 1e-5, kind)
+    assert torch.equal(first.counts, wanted.counts)
+
+
+def test_processes_that_all_fail_miss_none_and_a_silent_one_is_named() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    first, second = (Peers(store, "shard 3", rank, range(4, 6), grace=0.1) for rank in (4, 5))
+    other = Peers(store, "shard 4", 5, range(4, 6), grace=0.1)
+    assert first.missing() == [5]
+    assert second.missing() == [] and first.missing() == []
+    assert other.missing() == [4]
+    first.tell("rank 4 has given up")
+    assert second.told() == "rank 4 has given up" and other.told() is None
+
+
+@pytest.mark.parametrize(
+    ("size", "environment", "error", "message"),
+    [
+        (0, {}, ValueError, "tensor_parallel must be at least 1, got 0"),
+        ("2", {}, TypeError, "tensor_parallel must be an int, got str"),
+        (2, {}, ValueError, "tensor_parallel=2 needs processes that torchrun has started"),
+        (2, {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, ValueError,
+         "tensor_parallel must divide the number of processes, 3, got 2"),
+    ],
+)  # fmt: skip
+def test_a_number_of_processes_that_is_not_there_is_refused(
+    size: Any,
+    environment: dict[str, str],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=message):
+        load_model(sharded.MODEL, tensor_parallel=size)
+
+
+def test_the_command_line_passes_the_number_on(tmp_path: Path) -> None:
+    sharded.make_pairs().to_jsonl(tmp_path / "pairs.jsonl")
+    command = ["attribute", "--model", sharded.MODEL, "--pairs", tmp_path / "pairs.jsonl", "--tensor-parallel", 2,
+               "--out", tmp_path / "run"]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 2
+    assert done.stderr.strip().endswith(
+        "error: tensor_parallel=2 needs processes that torchrun has started"
+    )

@@ -182,8 +182,8 @@ class Scores:
                 here.pairs.copy_(away.pairs)
         self._away.clear()
         for kind in space.kinds:
-            both = whole(kind, torch.stack([self.score[kind], self.effect[kind]]))
-            self.score[kind], self.effect[kind] = both
+            self.score[kind] = whole(kind, self.score[kind])
+            self.effect[kind] = whole(kind, self.effect[kind])
             if self.per_pair is not None:
                 self.per_pair[kind] = whole(kind, self.per_pair[kind])
         self.space = space

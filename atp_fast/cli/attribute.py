@@ -83,6 +83,14 @@ def attribute(
             rich_help_panel=options.METHOD_PANEL,
         ),
     ] = 16,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="So many of torchrun's processes share one model's heads and neurons.",
+            rich_help_panel=options.METHOD_PANEL,
+        ),
+    ] = 1,
     out: Annotated[
         Path,
         typer.Option(
@@ -118,7 +126,7 @@ def attribute(
     from atp_fast.prompts.tasks import load_task
 
     note(f"loading {model}")
-    network, tokenizer = load_model(model, dtype=dtype)
+    network, tokenizer = load_model(model, dtype=dtype, tensor_parallel=tensor_parallel)
     if task:
         chosen = load_task(task, tokenizer, n_pairs=n_pairs, seed=seed)
     elif pairs:
@@ -131,7 +139,7 @@ def attribute(
             answers=answer or [],
             wrong_answers=wrong_answer or None,
         )
-    if launched():
+    if launched() and tensor_parallel == 1:
         to_local_device(network)
     engine = Engine(network, backend, precision, memory_budget)
     way = cast("Direction", direction)

@@ -1,13 +1,15 @@
 """One run by the processes that torchrun started, or by this one alone.
 
 Processes claim one shard after another from a counter in torch.distributed's store, so that uneven shards balance,
-and meet in the run's folder, which all must see. No tensor travels between them.
+and meet in the run's folder, which all must see. No tensor travels between them. Where several share one model, they are
+a group: its members take the same shards, and the first of them writes.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from atp_fast.attribution.question import Question
+from atp_fast.distributed.peers import Peers
 from atp_fast.distributed.shards import (
     RESULT,
     SHARD_SIZE,
@@ -62,12 +65,14 @@ def attribute_sharded(
     folder: where finished shards lie, on a disk that all processes see; a run that was killed goes on from there;
     metric: as in Engine.attribute, known by its name when the run goes on, and not one that sees all pairs at once;
     shard_size: pairs per shard; timeout: seconds to wait for the other processes' next shard.
+    Processes that share one model (load_model(tensor_parallel=...)) take each shard together.
     Raises ValueError, before any work, naming what differs if the folder holds another run; ShardError, in every
     process, naming the rank and the pair that failed, counted from 0; TimeoutError naming ranks that fell silent.
     """
     question = Question(metric, method, nodes, direction, per_pair)
     shards = Shards(folder, pairs, question, describe_engine(engine, pairs), shard_size)
-    with _team(engine.plug.device, timeout) as team:
+    group = engine.plug.shares.group
+    with _team(1 if group is None else group.size, timeout) as team:
         todo = team.agree(shards)
         with progress_bar(progress if team.rank == 0 else False, shards, todo) as bar:
             before = bar.n
@@ -77,8 +82,12 @@ def attribute_sharded(
 
             for number in team.claims(todo):
                 rows = shards.rows[number]
-                shards.write(number, compute(engine, pairs, rows, question, f"rank {team.rank}"))
-                team.count(len(rows))
+                found = compute(
+                    *(engine, pairs, rows, question, f"rank {team.rank}"), team.peers(number)
+                )
+                if team.leads:
+                    shards.write(number, found)
+                    team.count(len(rows))
                 advance()
             team.wait_for_all(shards, todo, advance)
         return team.reduce(shards)
@@ -101,24 +110,42 @@ def to_local_device(model: nn.Module) -> None:
 
 
 class _Team:
-    """This process and the others of a run, and the store they talk through."""
+    """This process and the others of a run, and the store they talk through.
 
-    def __init__(self, rank: int, size: int, store: Store, timeout: float) -> None:
+    members: so many processes, of neighbouring ranks, share one model.
+    """
+
+    def __init__(
+        self, rank: int, size: int, store: Store, timeout: float, members: int = 1
+    ) -> None:
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        first = rank - rank % members
+        self.group = range(first, first + members)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for those that share its model."""
+        return self.rank == self.group[0]
+
+    def peers(self, number: int) -> Peers:
+        """Those that take this shard together."""
+        return Peers(self.store, f"shard {number}", self.rank, self.group)
 
     def agree(self, shards: Shards) -> list[int]:
         """The shards that are to be done. Rank 0 opens the folder; what it finds wrong is raised by every rank."""
-        said: list[Any] = [None]
+        said: Any = None
         if self.rank == 0:
             try:
-                said[0] = (shards.begin(), shards.manifest)
+                said = (shards.begin(), shards.manifest)
             except (ValueError, OSError) as error:
-                said[0] = error
-        if self.size > 1:
-            dist.broadcast_object_list(said)
-        if isinstance(said[0], Exception):
-            raise said[0]
-        todo, manifest = said[0]
+                said = error
+            self.store.set("plan", pickle.dumps(said).hex())
+        else:
+            self._wait(lambda: bool(self.store.check(["plan"])), lambda: "rank 0 opens the folder")
+            said = pickle.loads(bytes.fromhex(self.store.get("plan").decode()))
+        if isinstance(said, Exception):
+            raise said
+        todo, manifest = said
         if found := differences(manifest, shards.manifest):
             raise ValueError(
                 f"every rank must be given the same run, got on rank {self.rank} another than on rank 0: {found} "
@@ -127,11 +154,24 @@ class _Team:
         return list(todo)
 
     def claims(self, todo: Sequence[int]) -> Iterator[int]:
-        """Shards that no other process has claimed, one at a time."""
-        while (turn := self.store.add("claimed", 1) - 1) < len(todo):
-            self.check()
-            self.store.set(f"claim {todo[turn]}", str(self.rank))
-            yield todo[turn]
+        """Shards that no other process has claimed, one at a time; those who share a model take the same ones."""
+        for turn in itertools.count():
+            key = f"turn {turn} of rank {self.group[0]}"
+            if self.leads:
+                place = self.store.add("claimed", 1) - 1
+                if place < len(todo):
+                    self.check()
+                    self.store.set(f"claim {todo[place]}", str(self.rank))
+                self.store.set(key, str(place))
+            else:
+                self._wait(
+                    lambda key=key: bool(self.store.check([key])),  # type: ignore[misc]
+                    lambda: f"rank {self.group[0]} claims none",
+                )
+                place = int(self.store.get(key))
+            if place >= len(todo):
+                return
+            yield todo[place]
 
     def count(self, pairs: int) -> None:
         self.store.add("pairs", pairs)
@@ -186,8 +226,10 @@ class _Team:
                 lambda: bool(self.store.check(["reduced"])), lambda: "rank 0 adds up the shards"
             )
             found = Attribution.load(path)
-        if self.size > 1:
-            dist.barrier()  # rank 0 may be home of the store: it leaves with the others
+        # rank 0 may be home of the store: it leaves last
+        self.store.add("left", 1)
+        if self.rank == 0:
+            self._wait(lambda: self.store.add("left", 0) == self.size, lambda: "not all have read")
         return found
 
     def _wait(
@@ -211,27 +253,18 @@ class _Team:
 
 
 @contextmanager
-def _team(device: torch.device, timeout: float) -> Iterator[_Team]:
-    """This process's team; a process group that was not there before is destroyed again."""
+def _team(members: int, timeout: float) -> Iterator[_Team]:
+    """This process's team, of which `members` at a time share a model."""
     if not (launched() or dist.is_initialized()):
         yield _Team(0, 1, dist.HashStore(), timeout)  # type: ignore[attr-defined]
         return
-    prefix, made = f"atp_fast/{next(_calls)}", not dist.is_initialized()
-    if made:
-        limit = timedelta(seconds=timeout)
-        # Object collectives take gloo where there is a choice, so nothing here waits on a GPU.
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        # A prefix per call: torchrun's store outlives a group, and its addresses would lead the next one astray.
-        store, number, size = next(rendezvous("env://", timeout=limit))
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(prefix, store),
-            rank=number,
-            world_size=size,
-            timeout=limit,
-        )
-    shared = PrefixStore(f"{prefix}/shards", dist.distributed_c10d._get_default_store())
-    team = _Team(dist.get_rank(), dist.get_world_size(), shared, timeout)
+    if launched():  # all that were, also where only those that share a model have a process group
+        store, number, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    else:
+        store = dist.distributed_c10d._get_default_store()
+        number, size = dist.get_rank(), dist.get_world_size()
+    # a prefix per call: the store outlives it
+    team = _Team(number, size, PrefixStore(f"atp_fast/{next(_calls)}", store), timeout, members)
     try:
         yield team
     except BaseException as error:
@@ -240,9 +273,6 @@ def _team(device: torch.device, timeout: float) -> Iterator[_Team]:
         if isinstance(error, RuntimeError) and not isinstance(error, ShardError):
             raise ShardError(team.failure(error)) from error
         raise
-    finally:
-        if made:
-            dist.destroy_process_group()
 
 
 def progress_bar(progress: bool | None, shards: Shards, todo: Sequence[int]) -> tqdm[Any]:

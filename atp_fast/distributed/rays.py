@@ -7,12 +7,14 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
 
 from atp_fast.attribution.question import Question
 from atp_fast.distributed.processes import progress_bar
+from atp_fast.distributed.ray_groups import Groups
 from atp_fast.distributed.shards import (
     SHARD_SIZE,
     ShardError,
@@ -45,6 +47,7 @@ def ray_sweep(
     cpus: float = 1,
     gpus: float = 0,
     retries: int = 3,
+    tensor_parallel: int = 1,
 ) -> Attribution:
     """Engine.attribute over shards of the pairs, one Ray task each; the result of attribute_sharded, bit for bit.
 
@@ -52,6 +55,7 @@ def ray_sweep(
     folder: where finished shards lie, written by this process only; a run that was killed goes on from there;
     cpus, gpus: what one worker takes of the cluster, which bounds how many work at once;
     retries: how often a shard is tried again after its worker died. The other options are those of attribute_sharded.
+    tensor_parallel: so many workers at a time share a model, which make_engine loads with the same (load_model).
     Joins the cluster that ray.init joined; else it starts Ray on this machine and stops it in the end.
     Raises ImportError naming the extra if Ray is missing, ValueError if the folder holds another run, ShardError
     naming the worker and the pair that failed, or the pairs whose worker died too often.
@@ -62,12 +66,24 @@ def ray_sweep(
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
-        resources = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
-        describe, task = (ray.remote(**resources)(f) for f in (_describe, _compute))
-        key, maker, shared = uuid.uuid4().hex, ray.put(make_engine), ray.put(pairs)
+        resources = {"num_cpus": cpus, "num_gpus": gpus}
+        maker, shared, asked = ray.put(make_engine), ray.put(pairs), ray.put(question)
+        if tensor_parallel > 1:
+            with closing(Groups(ray, tensor_parallel, resources, maker, shared)) as groups:
+                shards = Shards(folder, pairs, question, groups.describe(), shard_size)
+                todo = shards.begin()
+                with progress_bar(progress, shards, todo) as bar:
+                    for number, found in groups.run(shards, todo, asked, retries):
+                        shards.write(number, found)
+                        bar.update(len(shards.rows[number]))
+            return shards.reduce()
+        describe, task = (
+            ray.remote(**resources, max_retries=retries)(f) for f in (_describe, _compute)
+        )
+        key = uuid.uuid4().hex
         facts = _get(ray, describe.remote(key, maker, shared), "the model")
         shards = Shards(folder, pairs, question, facts, shard_size)
-        todo, asked = shards.begin(), ray.put(question)
+        todo = shards.begin()
         waiting = {
             task.remote(key, maker, shared, shards.rows[number], asked): number for number in todo
         }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atp_fast._version import __version__
 from atp_fast.attribution.question import Question, check_method
+from atp_fast.distributed.peers import Peers
 from atp_fast.engine import Engine
 from atp_fast.files import write_text
 from atp_fast.metrics import resolve
@@ -64,13 +65,14 @@ def describe_engine(engine: Engine, pairs: PromptPairs) -> dict[str, Any]:
     if not isinstance(pairs, PromptPairs):
         raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
     engine.check_pairs(pairs)
+    group = engine.plug.shares.group
     return {
         "model": engine.model_name,
         "model_class": engine.plug.name,
         "dtype": str(next(engine.model.parameters()).dtype).removeprefix("torch."),
         "backend": engine.backend,
         "precision": engine.precision,
-    }
+    } | ({} if group is None else {"tensor_parallel": group.size})
 
 
 def cut(pairs: PromptPairs, shard_size: int) -> list[Tensor]:
@@ -249,14 +251,35 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def compute(
-    engine: Engine, pairs: PromptPairs, rows: Tensor, question: Question, who: str
+    engine: Engine,
+    pairs: PromptPairs,
+    rows: Tensor,
+    question: Question,
+    who: str,
+    peers: Peers | None = None,
 ) -> Attribution:
-    """The Attribution of the pairs `rows`. Raises ShardError naming `who` and the pair that fails, counted from 0."""
+    """The Attribution of the pairs `rows`. Raises ShardError naming `who` and the pair that fails, counted from 0.
+
+    peers: those that share the model, and do the same: which of them gives no sign is named too.
+    """
     try:
         return _ask(engine, pairs[rows], question)
     except Exception as error:
+        if peers is not None:
+            _check_peers(peers, f"{who} failed on {named(rows)}", error)
         failed, reason = _blame(engine, pairs, rows, question) or (named(rows), error)
         raise ShardError(f"{who} failed on {failed}: {type(reason).__name__}: {reason}") from error
+
+
+def _check_peers(peers: Peers, what: str, error: Exception) -> None:
+    """ShardError unless all that share the model failed, and are there to try each pair with."""
+    if (said := peers.told()) is not None:
+        raise ShardError(said) from error
+    if silent := peers.missing():
+        ranks = " and ".join(f"rank {rank}" for rank in silent)
+        text = f"{what}: {type(error).__name__}: {error} ({ranks}, of those that share the model, gave no sign: has it died, or does it wait for this one?)"
+        peers.tell(text)
+        raise ShardError(text) from error
 
 
 def _ask(engine: Engine, pairs: PromptPairs, question: Question) -> Attribution:

@@ -27,6 +27,7 @@ from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, runnin
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
 from atp_fast.hf.linears import find_linears, own_linears
 from atp_fast.hf.norms import find_norms, own_norms
+from atp_fast.hf.parallel import find_parallel, held_tensor
 from atp_fast.hf.placement import (
     ENDS,
     Fetcher,
@@ -35,7 +36,6 @@ from atp_fast.hf.placement import (
     devices_of,
     fetchers,
 )
-from atp_fast.hf.parallel import find_parallel, held_tensor
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.hf.scores import taken_over
 from atp_fast.hf.switching import alone_with
@@ -291,9 +291,6 @@ class LayeredModel:
             try:
                 _require_grad(trained, False)
                 self._spread = self._places()
-                with own_linears(self._linears, self.device, self.backend):
-                for p in trained:
-                    p.requires_grad_(False)
                 plain = (
                     self.parallel.plain(self.backend) if self.parallel else contextlib.nullcontext()
                 )

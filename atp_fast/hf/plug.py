@@ -77,6 +77,7 @@ class Plug(LayeredModel):
 
     def _open(self) -> None:
         self.inspection = Inspection(self.name, len(self.layers))
+        self.shares = Shares(self.parallel, self.inspection)
         config = self.model.config.get_text_config(decoder=True)
         self.inspection.context = getattr(config, "max_position_embeddings", None)
         parameters = inspect.signature(self.model.forward).parameters
