@@ -73,8 +73,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/tape.py",
-        "            own = plug.shares.group.rank if",
-        "            own = 0 if",
+        'manual_seed(1 + plug.shares.part("q"))',
+        "manual_seed(1)",
         SPLIT,
     ),
     Fault(

@@ -26,8 +26,9 @@ from atp_fast.attribution import memory
 from atp_fast.nodes import KINDS, Node
 from atp_fast.prompts.spans import Spans
 
-# grouped heads; all in one product, with biases; norms of heads; heads that all processes compute; a mixture; latent attention
-SERVED = ("llama", "gpt_neox", "qwen3", "olmo2", "mixtral", "deepseek_v2")
+# grouped heads; all in one product, with biases; norms of heads; heads that all processes compute; a mixture; latent attention;
+# layers without attention
+SERVED = ("llama", "gpt_neox", "qwen3", "olmo2", "mixtral", "deepseek_v2", "qwen3_next")
 # name -> settings: llamas whose shape two processes cannot share
 SHAPES: dict[str, dict[str, int]] = {
     "one key": {"num_key_value_heads": 1},
@@ -161,6 +162,7 @@ def traffic(model: Any) -> dict[str, int]:
     """Sums over the processes in the forward and in the sweep of one layer, whatever the number of cotangents."""
     engine, pairs, counted = Engine(model), zoo.mixed_pairs(model, "right"), {}
     own, sums = dist.all_reduce, 0
+    engine.attribute(pairs, progress=False)  # the first call measures what layers take in memory
 
     def count(x: Tensor, *args: Any, **named: Any) -> Any:
         nonlocal sums

@@ -101,7 +101,7 @@ def measure_layers(plug: Plug) -> LayerBytes:
             with plug.holding(number):
                 rows = [_measure(plug, number, x, given[number]) for x, given in (short, long)]
             found.append([max(0, m - f) // (many - few) for f, m in zip(*rows, strict=True)])
-    return LayerBytes(*(max(column) for column in zip(*found, strict=True)))
+    return LayerBytes(*(int(plug.shares.largest(max(c))) for c in zip(*found, strict=True)))
 
 
 def _measure(plug: Plug, number: int, x: Tensor, arguments: LayerArguments) -> Sequence[int]:

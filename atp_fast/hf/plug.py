@@ -25,6 +25,7 @@ from atp_fast.hf.inspection import (
     trace,
 )
 from atp_fast.hf.layers import LayerArguments, LayeredModel
+from atp_fast.hf.shares import Shares
 from atp_fast.hf.switching import alone_with
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
 

@@ -48,8 +48,16 @@ class Shares:
                 self._inspection.refused.setdefault(kind, why)
 
     def count_all(self) -> None:
-        """Make the inspection's numbers of heads and neurons, which are this process's, those of the model."""
+        """Make the inspection's numbers of heads and neurons, which are this process's, those of the model.
+
+        Kinds of which layers have different numbers of nodes, other than none, are refused if they are split.
+        """
         found = self._inspection
+        for kind, counts in found.counts.items():
+            if self.copies(kind) > 1 and len({*counts} - {0}) > 1:
+                why = f"layers have {sorted({*counts} - {0})} of them in each process that shares the model"
+                found.refused.setdefault(kind, why)
+            found.counts[kind] = tuple(count * self.copies(kind) for count in counts)
         found.heads *= self.copies("q")
         found.kv_heads *= self.copies("k")
         found.neurons *= self.copies("neuron")
@@ -57,6 +65,10 @@ class Shares:
     def copies(self, kind: str) -> int:
         """How many times as many nodes of a kind the model has as this process holds."""
         return self.group.size if self.group is not None and self._blocks.get(kind) else 1
+
+    def part(self, kind: str) -> int:
+        """The number of the part of a kind's nodes that this process holds, 0 where all hold the same."""
+        return self.group.rank if self.group is not None and self.copies(kind) > 1 else 0
 
     @property
     def held(self) -> Inspection:
@@ -72,7 +84,11 @@ class Shares:
     def space(self, whole: NodeSpace) -> NodeSpace:
         """Those of a space's nodes that this process holds, numbered from 0."""
         widths = {kind: width // self.copies(kind) for kind, width in whole.widths.items()}
-        return replace(whole, widths=widths)
+        counts = {
+            kind: [count // self.copies(kind) for count in counts]
+            for kind, counts in whole.counts.items()
+        }
+        return replace(whole, widths=widths, counts=counts)
 
     def index(self, kind: str, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which of these heads or neurons this process holds, bool, and their numbers among its own."""
