@@ -116,9 +116,8 @@ def try_layer(
                 found = sweep_layer(plug, runs, plan, scores, *at, cotangents, chunk, added)
             return found, chunk
         except torch.OutOfMemoryError as error:
-            if (
-                group := plug.shares.group
-            ) is not None:  # the others are in the middle of this layer
+            # the others are in the middle of this layer
+            if (group := plug.shares.group) is not None:
                 raise torch.OutOfMemoryError(
                     f"out of memory in layer {number} in process {group.rank} of the {group.size} that share the "
                     "model: give a smaller memory_budget"
