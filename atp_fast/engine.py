@@ -98,7 +98,7 @@ class Engine:
         self.plug.shares.check_same(
             **_facts(run_pairs, measure), method=method, nodes=space.kinds, per_pair=per_pair
         )
-        dtype = accumulation_dtype(next(self.model.parameters()))
+        dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
         keep = len(pairs) if per_pair else 0
         held = self.plug.shares.space(space)
         scores = Scores(held, chosen, self.plug.device, dtype, keep)
@@ -187,7 +187,7 @@ class Engine:
         Nothing but a layer of each kind is run, on the first batch of pairs.
         """
         chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
-        dtype = accumulation_dtype(next(self.model.parameters()))
+        dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
         budget = self._budget()
         plan = self._plan(run_pairs, measure, chosen, space, budget)
         call = SweepCall(measure, chosen, space, dtype, per_pair)
@@ -410,7 +410,6 @@ class Engine:
         return getattr(self.model.config, "name_or_path", "") or self.plug.name
 
     def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
-        parameter = next(self.model.parameters())
         some = {} if pairs.spans is None else {"axis": "span"}
         if self.plug.shares.group is not None:
             some["tensor_parallel"] = str(self.plug.shares.group.size)
@@ -419,7 +418,7 @@ class Engine:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model_class": self.plug.name,
-            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "dtype": str(self.plug.dtype).removeprefix("torch."),
             "device": str(self.plug.device),
             "pairs": str(len(pairs)),
             "pairs_digest": pairs.digest(),

@@ -184,7 +184,7 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | N
     cost = cost or costs(plug, size.kinds)
     layers, pairs = len(plug.layers), plan.pairs
     rows = pairs * size.positions
-    always = rows * cost.stored + pairs * size.prefix * cost.prefix
+    always = rows * cost.stored + pairs * size.prefix * cost.prefix + plug.made_bytes
     each = cost.tape + (cost.twin if plan.together else 0)
     each += cost.statistics if size.statistics else 0
     tape = rows * each + pairs * size.prefix * cost.taped_prefix
@@ -318,4 +318,5 @@ def patched_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:
 def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
     """Rows of exact patching run at once in `room` bytes, at least one; the rest as `patched_row` has it."""
     enough = -(-_rows_enough(plug, _ROWS_ENOUGH) // positions)
+    room = max(0, room - plug.made_bytes)
     return max(1, min(enough, room // patched_row(plug, positions, prefix, logits)))

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from atp_fast.ops.linear import cpu_words, linear, own_product, torch_product
+from atp_fast.ops.linear import (
+    Make,
+    cpu_words,
+    linear,
+    made_linear,
+    own_product,
+    torch_product,
+    weight_of,
+)
 from atp_fast.ops.pending import Pending
 
 PRECISIONS = (None, "bf16")
@@ -33,14 +41,19 @@ class _NarrowProduct(torch.autograd.Function):
     """x @ weight (+ bias), whose backward product is of bfloat16 numbers with float32 accumulation.
 
     Where the device has no such product, the rounded numbers of a float32 model are multiplied as float32, which holds
-    them exactly. own: by `linear`'s product, which is float32's.
+    them exactly. narrow: gives the weight in bfloat16; own: by `linear`'s product, which is float32's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, narrow: Tensor, bias: Tensor | None, own: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        narrow: Callable[[], Tensor],
+        bias: Tensor | None,
+        own: bool,
     ) -> Tensor:
-        ctx.narrow, ctx.own = narrow, own
+        ctx.narrow, ctx.own, ctx.depth = narrow, own, x.shape[-1]
         return (own_product if own else torch_product)(x, weight, bias)
 
     @staticmethod
@@ -51,25 +64,33 @@ class _NarrowProduct(torch.autograd.Function):
 
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Pending | Tensor]:
-        rounded, narrow = grad.to(torch.bfloat16), ctx.narrow.t()
+        rounded, narrow = grad.to(torch.bfloat16), ctx.narrow
         if grad.dtype.itemsize > 2 and not _multiplies_bfloat16(grad.device.type):
-            rounded, narrow = rounded.to(grad.dtype), narrow.to(grad.dtype)
-            return [Pending.product(rounded, narrow, own_product if ctx.own else None)]
-        product = Pending.product(rounded, narrow)
+            multiply = own_product if ctx.own else None
+            wide = rounded.to(grad.dtype)
+            return [
+                Pending.made_product(wide, lambda: narrow().t().to(grad.dtype), ctx.depth, multiply)
+            ]
+        product = Pending.made_product(rounded, lambda: narrow().t(), ctx.depth)
         return [product if grad.dtype == torch.bfloat16 else product.alone().to(grad.dtype)]
 
 
 class NarrowCotangents(TorchFunctionMode):
     """Inside, linear layers are recorded so that their cotangents' products run in bfloat16.
 
-    The forward values do not change. Weights are rounded once per recorded layer; products that are no `linear`,
-    torch.nn.functional.linear or addmm with a fixed matrix stay as they are.
+    The forward values do not change. Weights are rounded once per recorded layer, those that are made when they are needed
+    each time; products that are no `linear`, `made_linear`, torch.nn.functional.linear or addmm with a fixed matrix stay as
+    they are.
     """
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is made_linear:
+            x, make, bias, own = args
+            made = functools.partial(_rounded, make, x.dtype)
+            return _NarrowProduct.apply(x, weight_of(make, x.dtype).t(), made, bias, own)  # type: ignore[no-untyped-call]
         call = None
         if function is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
@@ -82,7 +103,12 @@ class NarrowCotangents(TorchFunctionMode):
             return function(*args, **kwargs)
         x, weight, bias = call
         narrow = weight.to(torch.bfloat16)
-        return _NarrowProduct.apply(x, weight, narrow, bias, function is linear)  # type: ignore[no-untyped-call]
+        return _NarrowProduct.apply(x, weight, lambda: narrow, bias, function is linear)  # type: ignore[no-untyped-call]
+
+
+def _rounded(make: Make, dtype: torch.dtype) -> Tensor:
+    """The weight made in its layer's dtype, rounded, (depth, columns)."""
+    return weight_of(make, dtype).to(torch.bfloat16).t()
 
 
 def _linear_arguments(

@@ -7,6 +7,7 @@ products are those of one batch. Sums and activations are computed again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from atp_fast import ops
 from atp_fast.hf import LayerArguments, LayerRun, Plug
 from atp_fast.ops.collectives import given_left, left
 from atp_fast.ops.functions import given_norm, given_rotation, norm, rotate
-from atp_fast.ops.linear import linear, own_product
+from atp_fast.ops.linear import Make, linear, made_linear, own_product, weight_of
 from atp_fast.ops.pending import Pending
 
 Noted = tuple[Callable[..., Any], tuple[Tensor | None, ...]]
@@ -101,11 +102,14 @@ class Given(TorchFunctionMode):
 
 
 class _GivenProduct(torch.autograd.Function):
-    """`value`, which is x @ the transpose of `back` (and a bias); multiply: the product for gradients, torch's if None."""
+    """`value`, which is x @ the transpose of what `back` gives (and a bias); multiply: the product for gradients, torch's if
+    None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, back: Tensor, value: Tensor, multiply: Any) -> Tensor:
-        ctx.back, ctx.multiply = back, multiply
+    def forward(
+        ctx: Any, x: Tensor, back: Callable[[], Tensor], value: Tensor, multiply: Any
+    ) -> Tensor:
+        ctx.back, ctx.multiply, ctx.depth = back, multiply, x.shape[-1]
         return value
 
     @staticmethod
@@ -114,7 +118,7 @@ class _GivenProduct(torch.autograd.Function):
 
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
-        return [Pending.product(grad, ctx.back, ctx.multiply)]
+        return [Pending.made_product(grad, ctx.back, ctx.depth, ctx.multiply)]
 
 
 class _GivenActivation(torch.autograd.Function):
@@ -151,20 +155,26 @@ _ACTIVATIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor, dict[str, Any]]
 
 
 def _linear(value: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _GivenProduct.apply(x, weight, value, None)  # type: ignore[no-untyped-call]
+    return _GivenProduct.apply(x, lambda: weight, value, None)  # type: ignore[no-untyped-call]
 
 
 def _own_linear(value: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _GivenProduct.apply(x, weight.t(), value, own_product)  # type: ignore[no-untyped-call]
+    return _GivenProduct.apply(x, weight.t, value, own_product)  # type: ignore[no-untyped-call]
+
+
+def _made_linear(value: Tensor, x: Tensor, make: Make, bias: Tensor | None, own: bool) -> Any:
+    back = functools.partial(weight_of, make, x.dtype)
+    return _GivenProduct.apply(x, back, value, own_product if own else None)  # type: ignore[no-untyped-call]
 
 
 def _addmm(value: Tensor, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
-    return _GivenProduct.apply(x, weight.t(), value, None)  # type: ignore[no-untyped-call]
+    return _GivenProduct.apply(x, weight.t, value, None)  # type: ignore[no-untyped-call]
 
 
 _KNOWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     linear: _own_linear,
+    made_linear: _made_linear,
     torch.addmm: _addmm,
     rotate: given_rotation,
     left: given_left,

@@ -69,7 +69,7 @@ def describe_engine(engine: Engine, pairs: PromptPairs) -> dict[str, Any]:
     return {
         "model": engine.model_name,
         "model_class": engine.plug.name,
-        "dtype": str(next(engine.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(engine.plug.dtype).removeprefix("torch."),
         "backend": engine.backend,
         "precision": engine.precision,
     } | ({} if group is None else {"tensor_parallel": group.size})

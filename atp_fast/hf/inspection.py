@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from atp_fast.hf.attention import LayerRun, Mixture
 from atp_fast.hf.norms import FoundNorm
 from atp_fast.hf.placement import fetchers
+from atp_fast.hf.quantised import is_quantised_linear
 from atp_fast.hf.scores import Scores
 
 _POSITIONS = (
@@ -357,9 +358,10 @@ def check_eval(model: nn.Module) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(module, (nn.Linear, Conv1D)) or (
+    plain = isinstance(module, (nn.Linear, Conv1D)) or (
         isinstance(weight, Tensor) and weight.ndim == 2
     )
+    return plain or is_quantised_linear(module)
 
 
 def _mixture_in(layer: nn.Module) -> nn.Module | None:

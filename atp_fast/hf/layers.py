@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from atp_fast.hf import experts  # noqa: F401  registers them
 from atp_fast.hf.activations import find_activations, fused
 from atp_fast.hf.attention import NAME, LayerRun, Prefix, Stopped, Visit, running
 from atp_fast.hf.inspection import Layer, check_eval, first_tensor
@@ -36,6 +35,7 @@ from atp_fast.hf.placement import (
     devices_of,
     fetchers,
 )
+from atp_fast.hf.quantised import Quantised, dequantised, find_quantised
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.hf.scores import taken_over
 from atp_fast.hf.switching import alone_with
@@ -130,6 +130,8 @@ class LayeredModel:
         self.list_parent, self.list_name, modules = self._find_layers()
         self.by_row: dict[bool, list[tuple[bool, ...]]] = {}  # by whether positions are given
         self._spread: list[torch.device] | None = None  # of each layer, where there are several
+        self.dtype = self._embedding.dtype  # of the residual stream; `Plug` looks at it
+        self.made_numbers = 0  # of the largest quantised weight
         self.layers = [
             Layer(
                 module,
@@ -204,11 +206,12 @@ class LayeredModel:
 
     @property
     def itemsize(self) -> int:
-        return self._embedding.element_size()
+        return self.dtype.itemsize
 
     @property
     def vocabulary(self) -> int:
-        return self._embedding.shape[0]
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return rows if isinstance(rows, int) else self._embedding.shape[0]
 
     @property
     def _embedding(self) -> Tensor:
@@ -218,9 +221,15 @@ class LayeredModel:
 
     @functools.cached_property
     def layer_weights(self) -> int:
-        """Numbers that the parameters of the largest layer hold, in this process."""
+        """Numbers that the parameters of the largest layer hold, in this process, without the quantised ones."""
+        apart = {place.module for place in self.quantised}
         return max(
-            sum(held_tensor(p).numel() for p in layer.module.parameters()) for layer in self.layers
+            sum(
+                held_tensor(p).numel()
+                for m in set(layer.module.modules()) - apart
+                for p in m.parameters(recurse=False)
+            )
+            for layer in self.layers
         )
 
     @functools.cached_property
@@ -237,6 +246,16 @@ class LayeredModel:
     def first_of_each_kind(self) -> list[int]:
         """The lowest layer of each kind."""
         return [numbers[0] for numbers in self.alike]
+
+    @functools.cached_property
+    def quantised(self) -> list[Quantised]:
+        """The modules that run by their dequantised weights; NotImplementedError where there is no way to have those."""
+        return find_quantised(self.model)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of the floats that are made of the largest quantised weight, once in float32, on their way to a product."""
+        return self.made_numbers * (self.itemsize + 4)
 
     @functools.cached_property
     def _linears(self) -> list[nn.Module]:
@@ -275,7 +294,8 @@ class LayeredModel:
 
     @contextlib.contextmanager
     def plugged(self) -> Iterator[None]:
-        """The model's attention is ours, its linear layers where that is faster, and its parameters need no gradients.
+        """The model's attention is ours, its linear layers where they are quantised or that is faster, and its parameters
+        need no gradients.
 
         All is restored at the end.
         """
@@ -294,7 +314,11 @@ class LayeredModel:
                 plain = (
                     self.parallel.plain(self.backend) if self.parallel else contextlib.nullcontext()
                 )
-                with plain, own_linears(self._linears, self.device, self.backend):
+                with (
+                    plain,
+                    dequantised(self.quantised, self.backend),
+                    own_linears(self._linears, self.device, self.backend),
+                ):
                     yield
             finally:
                 _require_grad(trained, True)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_fast.hf.switching import Function, own_forwards, switched
 from atp_fast.ops import backends
-from atp_fast.ops.linear import linear, own_products_are_faster
+from atp_fast.ops.linear import Make, linear, made_linear, own_products_are_faster
 
 
 def find_linears(model: nn.Module) -> list[nn.Module]:
@@ -40,6 +40,12 @@ def mapped(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tens
     if _are_own(x, backend) and _can_be_own(x, weight, bias):
         return linear(x, weight.t(), bias)
     return F.linear(x, weight, bias)
+
+
+def made(x: Tensor, make: Make, bias: Tensor | None, backend: str) -> Tensor:
+    """x @ make(x.dtype).T + bias by the product that `mapped` would take; the weight lives as long as it is multiplied."""
+    own = x.dtype == torch.float32 and x.device.type == "cpu" and _are_own(x, backend)
+    return made_linear(x, make, None if bias is None else bias.detach().to(x.dtype), own)
 
 
 def _are_own(x: Tensor, backend: str) -> bool:

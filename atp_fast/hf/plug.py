@@ -25,6 +25,7 @@ from atp_fast.hf.inspection import (
     trace,
 )
 from atp_fast.hf.layers import LayerArguments, LayeredModel
+from atp_fast.hf.quantised import Comparison, dequantised
 from atp_fast.hf.shares import Shares
 from atp_fast.hf.switching import alone_with
 from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
@@ -88,8 +89,12 @@ class Plug(LayeredModel):
             and not self._rope_kinds(config) & _LENGTH_DEPENDENT_ROPE
             and not any(getattr(config, name, False) for name in _COUNTED_FROM_0)
         )
-        ids = self.short_prompt()
-        own = self._own_logits(ids)
+        quantised = self.quantised  # refused before anything runs
+        ids, comparison = self.short_prompt(), Comparison()
+        with dequantised(quantised, self.backend, comparison):
+            own = self._own_logits(ids)
+        comparison.check(quantised)
+        self.made_numbers = comparison.largest
         with self.plugged():
             self._learn(ids, own)
         self._check_gradients()
@@ -147,6 +152,7 @@ class Plug(LayeredModel):
     def _learn(self, ids: Tensor, own: Tensor) -> None:
         """Run a short prompt, find out what each layer is made of, and compare with the model's own eager logits."""
         x, arguments = self.enter(ids)
+        self.dtype = x.dtype
         self._learn_rows(ids, 0, arguments)
         half = ids.shape[1] // 2
         if self.moves:  # roberta counts its positions from another number than 0

@@ -284,7 +284,7 @@ def neuron_importances(
         projections.append(plug.model.get_submodule(path))
     neurons = torch.zeros(
         (len(shape.sources), shape.d_model),
-        dtype=accumulation_dtype(next(engine.model.parameters())),
+        dtype=accumulation_dtype(torch.empty(0, dtype=engine.plug.dtype)),
         device=plug.device,
     )
     size = len(pairs) if measure.all_pairs_at_once else _PAIRS_AT_ONCE

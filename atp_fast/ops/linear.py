@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import _disable_current_modes
 
 from atp_fast.ops import backends
 from atp_fast.ops.pending import Pending
+
+Make = Callable[[torch.dtype], Tensor]
+"""Makes a weight, (columns, depth), in the dtype it is called with."""
 
 
 @functools.cache
@@ -74,3 +79,40 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
         return [Pending.product(grad, ctx.weight.t(), own_product)]
+
+
+def made_linear(x: Tensor, make: Make, bias: Tensor | None, own: bool) -> Tensor:
+    """x (..., depth) @ make(x.dtype).T + bias, differentiable by x.
+
+    The weight lives as long as it is multiplied: it is made again for gradients, and no graph holds it. own: by
+    `own_product` instead of torch's. As with torch's functions, a TorchFunctionMode sees the call.
+    """
+    if has_torch_function((x,)):
+        return handle_torch_function(made_linear, (x,), x, make, bias, own)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MadeLinear.apply(x, make, bias, own)  # type: ignore[no-untyped-call,no-any-return]
+    return (own_product if own else torch_product)(x, weight_of(make, x.dtype).t(), bias)
+
+
+def weight_of(make: Make, dtype: torch.dtype) -> Tensor:
+    """The weight made, unseen by modes such as those that count what activations take."""
+    with _disable_current_modes():
+        return make(dtype)
+
+
+class _MadeLinear(torch.autograd.Function):
+    """made_linear with a backward pass by x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Make, bias: Tensor | None, own: bool) -> Tensor:
+        ctx.make, ctx.own, ctx.depth = make, own, x.shape[-1]
+        return (own_product if own else torch_product)(x, weight_of(make, x.dtype).t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _MadeLinear.cotangents(ctx, grad[None])[0].alone()[0], None, None, None
+
+    @staticmethod
+    def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
+        make = functools.partial(weight_of, ctx.make, grad.dtype)
+        return [Pending.made_product(grad, make, ctx.depth, own_product if ctx.own else None)]

@@ -30,17 +30,28 @@ class Pending:
         multiply: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Pending:
         """grad (C, ..., columns) @ matrix (columns, depth), by torch's product or another one."""
+        return cls.made_product(grad, lambda: matrix, matrix.shape[1], multiply)
+
+    @classmethod
+    def made_product(
+        cls,
+        grad: Tensor,
+        make: Callable[[], Tensor],
+        depth: int,
+        multiply: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Pending:
+        """`product` with the matrix (columns, depth) that `make` returns, called when the product is computed."""
         rows = grad.reshape(-1, grad.shape[-1])
 
         def compute(before: Tensor | None, own: bool) -> Tensor:
             if multiply is not None:
-                found = multiply(rows, matrix)
+                found = multiply(rows, make())
                 return found if before is None else found.add_(before)
             if before is None:
-                return rows @ matrix
-            return before.addmm_(rows, matrix) if own else torch.addmm(before, rows, matrix)
+                return rows @ make()
+            return before.addmm_(rows, make()) if own else torch.addmm(before, rows, make())
 
-        return cls((*grad.shape[:-1], matrix.shape[1]), grad.dtype, compute)
+        return cls((*grad.shape[:-1], depth), grad.dtype, compute)
 
     def reshaped(self, shape: tuple[int, ...]) -> Pending:
         """The same numbers in another shape of the same width."""
