@@ -281,12 +281,6 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/replay.py",
-        "replace(self._batch, all_live=False).place",
-        "self._batch.place",
-        REPLAY + "asked",
-    ),
-    Fault(
-        "atp_fast/attribution/replay.py",
         "self._holds[kind] = reads.found is None",
         "self._holds[kind] = True",
         REPLAY + "other_models",

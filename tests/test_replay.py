@@ -382,22 +382,14 @@ class Watching(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("what", ["experts", "own scores", "hook", "mode", "odd argument"])
+@pytest.mark.parametrize("what", ["experts", "hook", "mode", "odd argument"])
 def test_other_models_are_swept_eagerly_without_a_word(
     what: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families = {"experts": zoo.build("mixtral", torch.float32)}
     model = families.get(what, llama)
-    if what == "own scores":
-        model = copy.deepcopy(llama)
     both = Both(model)
     mode: Any = contextlib.nullcontext()
-    if what == "own scores":
-        both.replaying.plug.own_softmax = (
-            True  # as of such a model; its run is not what is looked at
-        )
-        assert model_state(both.replaying.plug) is None
-        return
     if what == "hook":
         handle = model.model.layers[1].register_forward_hook(lambda *_: None)
     if what == "mode":
@@ -417,6 +409,21 @@ def test_other_models_are_swept_eagerly_without_a_word(
     assert both.recorders == []
     if what == "hook":
         handle.remove()
+
+
+def test_what_models_are_not_recorded(llama: PreTrainedModel) -> None:
+    plug = Engine(llama, "reference").plug
+    assert model_state(plug) is not None
+    for owner, name, value in (
+        (plug, "own_softmax", True),
+        (plug, "quantised", [None]),
+        (plug.shares, "group", object()),
+        (type(plug), "offloaded", True),
+        (type(plug), "device", torch.device("meta")),
+    ):
+        with mock.patch.object(owner, name, value):
+            assert model_state(plug) is None, name
+    assert model_state(plug) is not None
 
 
 def test_batches_that_do_not_differ_are_no_sights(llama: PreTrainedModel) -> None:

@@ -450,10 +450,11 @@ _MODULE = frozenset(vars(nn.Module()))  # what every module has
 def model_state(plug: Plug) -> Hashable | None:
     """Where a model's tensors lie and how its modules are set, which a recording holds on to.
 
-    None where it is not recorded: it reads its attention's scores, its weights lie elsewhere or are of another kind, somebody's
-    hooks or modes look on.
+    None where it is not recorded: it reads its attention's scores, is split over processes, its weights lie elsewhere or are of
+    another kind, somebody's hooks or modes look on.
     """
-    if plug.own_softmax or plug.offloaded or _watched(plug.model):
+    apart = plug.own_softmax or plug.shares.group is not None
+    if apart or plug.offloaded or plug.quantised or _watched(plug.model):
         return None
     tensors = [*plug.model.parameters(), *plug.model.buffers()]
     if any(type(x) not in (Tensor, nn.Parameter) or x.device != plug.device for x in tensors):
