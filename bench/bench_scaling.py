@@ -172,6 +172,7 @@ def bench_streamed(options: argparse.Namespace) -> None:
         accelerate.dispatch_model(model, place, main_device="cpu", offload_dir=folder)
         read = _count_reads(Path(folder))
         engine = Engine(model)
+        engine.attribute(random_pairs(model, 1, 16), method="atp", progress=False)
         for number in (1, 2) if options.quick else (1, 4, 16):
             pairs = random_pairs(model, number, 16)
 
