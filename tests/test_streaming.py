@@ -55,7 +55,13 @@ def no_room(monkeypatch: pytest.MonkeyPatch, room: int = 0) -> list[str]:
         made.append(own(self))
         return made[-1]
 
-    monkeypatch.setattr(streaming, "Shelf", lambda here, host: Shelf(room, 0))
+    kept: list[Shelf] = []  # a folder must go with its call, not when nothing refers to it any more
+
+    def small(here: int, host: int) -> Shelf:
+        kept.append(Shelf(room, 0))
+        return kept[-1]
+
+    monkeypatch.setattr(streaming, "Shelf", small)
     monkeypatch.setattr(Shelf, "_new_file", noted)
     return made
 
