@@ -23,6 +23,7 @@ import tiny_models
 import zoo
 from atp_fast import Engine, PromptPairs
 from atp_fast.attribution import memory
+from atp_fast.attribution.replay import model_state
 from atp_fast.nodes import KINDS, Node
 from atp_fast.prompts.spans import Spans
 
@@ -241,6 +242,9 @@ def main(folder: Path) -> None:
             assert group is not None
             nan = (float("nan"), 3.0)[rank]
             found["largest"] = group.largest(-rank), group.largest(rank), group.largest(nan)
+        if name == "gpt_neox":  # all of whose tensors are plain inside
+            with (plug := Engine(model).plug).plugged():
+                found["recorded"] = model_state(plug) is not None
         assert state(model) == before
     found["trouble"] = trouble(folder, rank)
     torch.save(found, folder / f"found_{rank}.pt")

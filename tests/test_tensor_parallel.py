@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import sharded
 import split_worker as worker
-from atp_fast import Attribution, load_model
+from atp_fast import Attribution, Engine, load_model
+from atp_fast.attribution.replay import model_state
 from atp_fast.cli import app
 from atp_fast.distributed import attribute_sharded
 from atp_fast.distributed.peers import Peers
@@ -176,6 +177,15 @@ def test_sums_over_processes_are_two_a_layer_each_way_for_any_cotangents(
 def test_what_is_agreed_on_is_the_largest_and_nan_counts(both: list[dict[str, Any]]) -> None:
     for found in both:
         assert found["largest"][:2] == (0.0, 1.0) and found["largest"][2] != found["largest"][2]
+
+
+def test_sweeps_are_not_recorded_by_one_process_alone(
+    folder: Path, both: list[dict[str, Any]]
+) -> None:
+    with (plug := Engine(whole(folder, "gpt_neox")).plug).plugged():
+        assert model_state(plug) is not None
+    for found in both:
+        assert not found["recorded"]
 
 
 def test_a_call_leaves_the_model_as_it_was(both: list[dict[str, Any]]) -> None:
