@@ -236,15 +236,14 @@ EXPERTS = ("fp8-experts", "mxfp4-standin-experts")
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
 
-def build(
-    name: str, dtype: torch.dtype = torch.float32, **sizes: Any
-) -> tuple[PreTrainedModel, PreTrainedModel]:
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny model with weights quantised as `name` of LINEARS or EXPERTS says, and the same model with them in floats."""
     if name == "fp8-experts":
         return _fp8_mixture(dtype)
     if name == "mxfp4-standin-experts":
         return _mxfp4_mixture(dtype)
-    return quantise(zoo.build("llama", dtype, **{**SIZES, **sizes}), LINEARS[name])
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return quantise(zoo.build("llama", dtype, **SIZES, **biases), LINEARS[name])
 
 
 def quantise(

@@ -19,6 +19,8 @@ import quantised_layers as layers
 import zoo
 from atp_fast import Engine
 from atp_fast.attribution import memory
+from atp_fast.attribution.replay import model_state
+from atp_fast.hf.formats import maker_of, scaled
 from atp_fast.nodes import KINDS, Node
 from atp_fast.ops.linear import made_linear
 from atp_fast.results import Attribution
@@ -70,6 +72,7 @@ def test_effects_are_those_of_the_dequantised_model(name: str) -> None:
     pairs = zoo.random_pairs(model, 3, 9, shared_prefix=2)
     before = state(model)
     engine, right = Engine(model), Engine(plain)
+    assert model_state(engine.plug) is None  # weights that are made are in no recording
     assert engine.plug.space(9, KINDS) == right.plug.space(9, KINDS)
     for method in ("atp", "atp*"):
         found = engine.attribute(pairs, method=method, nodes=KINDS, progress=False)
@@ -128,19 +131,13 @@ def test_both_prompts_in_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_gptq_layouts(bits: int, version: int, ordered: bool) -> None:
-    from atp_fast.hf.quantised import _gptq
-
     layer, weight = layers.gptq(nn.Linear(96, 64), bits, version, ordered)
-    make = _gptq(layer)
-    assert make is not None
-    torch.testing.assert_close(make(torch.float32), weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(maker_of(layer)(torch.float32), weight, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (40, 64), (48, 70)], ids=str)
 @pytest.mark.parametrize("scales", ["one", "rows", "blocks", "powers"])
 def test_fp8_scales(shape: tuple[int, int], scales: str) -> None:
-    from atp_fast.hf.quantised import _scaled
-
     rows, columns = shape
     data = torch.randn(shape).to(torch.float8_e4m3fn)
     grid = {"one": (), "rows": (rows, 1), "blocks": (-(-rows // 16), -(-columns // 16))}
@@ -152,7 +149,7 @@ def test_fp8_scales(shape: tuple[int, int], scales: str) -> None:
         wanted = 2.0 ** (scale.float() - 127)
     if block is not None:
         wanted = wanted.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
-    found = _scaled(data, scale, block, False, torch.float32)
+    found = scaled(data, scale, block, False, torch.float32)
     torch.testing.assert_close(found, data.float() * wanted, rtol=0, atol=0)
 
 
@@ -160,13 +157,11 @@ def test_fp4_in_pairs() -> None:
     """As transformers' experts hold them, by transformers' own way back."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    from atp_fast.hf.quantised import _scaled
-
     data = torch.randint(-128, 128, (24, 32), dtype=torch.int8)
     scale = torch.rand(24, 2)
     wanted = Fp8Dequantize(None)._dequantize_one(data, scale, torch.float32)
     torch.testing.assert_close(
-        _scaled(data, scale, None, True, torch.float32), wanted, rtol=0, atol=0
+        scaled(data, scale, None, True, torch.float32), wanted, rtol=0, atol=0
     )
 
 

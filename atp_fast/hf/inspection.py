@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from atp_fast.hf.attention import LayerRun, Mixture
+from atp_fast.hf.formats import format_of
 from atp_fast.hf.norms import FoundNorm
 from atp_fast.hf.placement import fetchers
-from atp_fast.hf.quantised import is_quantised_linear
 from atp_fast.hf.scores import Scores
 
 _POSITIONS = (
@@ -361,7 +361,7 @@ def _is_linear(module: nn.Module) -> bool:
     plain = isinstance(module, (nn.Linear, Conv1D)) or (
         isinstance(weight, Tensor) and weight.ndim == 2
     )
-    return plain or is_quantised_linear(module)
+    return plain or format_of(module) is not None
 
 
 def _mixture_in(layer: nn.Module) -> nn.Module | None:
