@@ -36,6 +36,8 @@ _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.MULTILINE
 )
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+# what no part of a tile does by itself: products, copies, barriers, calls
+_SHARED_WORK = {*_MATRIX, "LDGSTS", "BAR", "SYNCS", "UTCBAR", "CALL", "STG"}
 
 
 class Start(NamedTuple):
@@ -78,7 +80,7 @@ def captured(call: Callable[[], object]) -> list[Start]:
     """The kernel starts that a call of launchers on meta tensors would make."""
     starts: list[Start] = []
 
-    def record(kernel: Any, grid: tuple[int], arguments: dict[str, Any]) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         starts.append(Start(kernel, arguments, grid[0]))
 
     original = launch._start
@@ -106,7 +108,7 @@ class Binary(NamedTuple):
     """What a binary for NVIDIA holds: registers, spilled bytes, shared memory, instructions by opcode.
 
     loop: the instructions of one trip through each of its main loops, the outermost ones with matrix instructions, or
-    all outermost ones where it has none.
+    all outermost ones where it has none. edge: those that a further branch skips, in a tile that needs no mask; loop is without.
     """
 
     registers: int
@@ -114,6 +116,7 @@ class Binary(NamedTuple):
     shared: int
     instructions: Counter[str]
     loop: Counter[str]
+    edge: Counter[str]
 
 
 def families(opcodes: Counter[str]) -> Counter[str]:
@@ -134,7 +137,7 @@ def _opcodes(text: str) -> Counter[str]:
     return Counter(match[1] for match in _INSTRUCTION.finditer(text))
 
 
-def _main_loops(text: str, inner_trips: int) -> Counter[str]:
+def _main_loops(text: str, inner_trips: int) -> tuple[Counter[str], Counter[str]]:
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.L\w+):", text, re.MULTILINE)}
     spans = {
         (labels[match[1]], match.end())
@@ -147,16 +150,37 @@ def _main_loops(text: str, inner_trips: int) -> Counter[str]:
     def encloses(a: tuple[int, int], b: tuple[int, int]) -> bool:
         return a != b and a[0] <= b[0] and b[1] <= a[1]
 
-    outermost = [span for span in busy if not any(encloses(other, span) for other in busy)]
+    # a masked tile's part computes alone; branches over less than ten instructions are the compiler's own
+    skips = {
+        (match.end(), labels.get(match[1], 0))
+        for match in re.finditer(r"@!?U?P\w+\s+BRA\S*\s+(?:!?U?P\w+,\s*)?`\((\.L\w+)\)", text)
+    }
+    masks = {
+        span: body
+        for span in skips
+        if span[0] < span[1]
+        for body in [_opcodes(text[slice(*span)])]
+        if body.total() >= 10 and not _SHARED_WORK & families(body).keys()
+    }
+    # a compiler that moves parts of a loop behind it makes spans that overlap: together they are one
+    outermost: list[tuple[int, int]] = []
+    for span in sorted(busy):
+        if outermost and span[0] < outermost[-1][1]:
+            span = (outermost[-1][0], max(span[1], outermost.pop()[1]))
+        outermost.append(span)
     total: Counter[str] = Counter()
+    edge: Counter[str] = Counter()
     for span in outermost:
-        total += bodies[span]
+        total += _opcodes(text[span[0] : span[1] + 1])
+        for skipped, body in masks.items():
+            if encloses(span, skipped) and not any(encloses(other, skipped) for other in masks):
+                edge += body
         for inner in busy:
             # a loop over slices of a row: the enclosing body counts one of its trips
             if encloses(span, inner):
                 for opcode, count in bodies[inner].items():
                     total[opcode] += count * (inner_trips - 1)
-    return total
+    return total - edge, edge
 
 
 def inspect(kernel: Any, inner_trips: int = 1) -> Binary:
@@ -188,7 +212,7 @@ def inspect(kernel: Any, inner_trips: int = 1) -> Binary:
         spilled,
         kernel.metadata.shared,
         instructions,
-        _main_loops(text, inner_trips),
+        *_main_loops(text, inner_trips),
     )
 
 

@@ -9,7 +9,8 @@ slices of a row are read again are left out, so that a measured time can only be
 sm_90 the one with the shortest prediction is taken.
 
 Writes bench/results/roofline.csv; one row per kernel, and one per op as the sum of its kernels. A trip is one tile of
-one head and its chunk of cotangents; its operations are of the input's dtype, its bytes come through L2.
+one head and its chunk of cotangents; its operations are of the input's dtype, its bytes come through L2. Trips through tiles on
+the diagonal execute masking_instructions more.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ PIPES = {
 }
 OPS = {
     "attention": ("attention",),
+    "attention, no statistics": ("attention_z",),
     "attention_vjp": ("row_dots", "query_gradients", "key_gradients"),
     "query_patch_effects": ("attention", "attention", "row_dots"),
     "key_patch_effects": ("row_dots", "top_vectors", "key_effects", "top_effects"),
@@ -57,7 +59,7 @@ OPS = {
 }
 FIELDS = (
     "op kernel kind dtype head_dim keys cotangents batch heads kv_heads blocks registers shared_bytes "
-    "programs trips operations_per_trip bytes_per_trip matrix_instructions_per_trip instructions_per_trip tensor_ms issue_ms alu_ms fma_ms mufu_ms lsu_ms l2_ms memory_ms "
+    "programs trips operations_per_trip bytes_per_trip matrix_instructions_per_trip instructions_per_trip masked_trips masking_instructions tensor_ms issue_ms alu_ms fma_ms mufu_ms lsu_ms l2_ms memory_ms "
     "bound predicted_ms predicted_tflops share_of_tensor_peak device commit dirty triton date"
 ).split()
 TIMES = ("tensor", "issue", "alu", "fma", "mufu", "lsu", "l2", "memory")
@@ -70,18 +72,31 @@ def tile_pairs(keys: int, owned: int, other: int, owner: str) -> int:
     return sum(-(-(keys - start // other * other) // other) for start in range(0, keys, owned))
 
 
-def trips_of(case: compiled.Case, keys: int) -> int:
-    """Trips through a kernel's main loops, over all programs."""
+def whole_pairs(keys: int, owned: int, other: int, owner: str) -> int:
+    """Of these the tiles in which every query sees every key, which are not masked."""
+    if owner == "query":
+        return sum((start + 1) // other for start in range(0, keys, owned))
+    return sum(
+        start >= key + owned - 1
+        for key in range(0, keys, owned)
+        for start in range(key // other * other, keys, other)
+    )
+
+
+def trips_of(case: compiled.Case, keys: int) -> tuple[int, int]:
+    """Trips through a kernel's main loops, over all programs, and how many of them are through tiles that are masked."""
     b = case.blocks
-    chunks = -(-compiled.COTANGENTS // b.chunk)
-    per_head = compiled.BATCH * compiled.HEADS
-    if case.kernel == "attention":
-        return per_head * tile_pairs(keys, b.block_m, b.block_n, "query")
-    if case.kernel == "query_gradients":
-        return per_head * chunks * tile_pairs(keys, b.block_m, b.block_n, "query")
-    if case.kernel in ("key_gradients", "key_effects", "top_effects"):
-        return per_head * chunks * tile_pairs(keys, b.block_n, b.block_m, "key")
-    return 0
+    heads = compiled.BATCH * compiled.HEADS
+    if case.kernel in ("query_gradients", "key_gradients", "key_effects", "top_effects"):
+        heads *= -(-compiled.COTANGENTS // b.chunk)
+    if case.kernel in ("attention", "attention_z", "query_gradients"):
+        tiles = keys, b.block_m, b.block_n, "query"
+    elif case.kernel in ("key_gradients", "key_effects", "top_effects"):
+        tiles = keys, b.block_n, b.block_m, "key"
+    else:
+        return 0, 0
+    pairs = tile_pairs(*tiles)
+    return heads * pairs, heads * (pairs - whole_pairs(*tiles))
 
 
 def products(case: compiled.Case, starts: int) -> float:
@@ -89,6 +104,7 @@ def products(case: compiled.Case, starts: int) -> float:
     chunk, dim = case.blocks.chunk, case.dim
     return {
         "attention": (3 if case.dtype == "f32" else 4) * dim,
+        "attention_z": 2 * dim,
         "query_gradients": (1 + 2 * chunk) * dim,
         "key_gradients": (starts + 3 * chunk) * dim,
         "key_effects": (2 + chunk) * dim,
@@ -104,6 +120,7 @@ def traffic(case: compiled.Case, keys: int, trips: int, starts: int) -> tuple[fl
     columns = compiled.BATCH * compiled.KV_HEADS * keys
     tile = {
         "attention": 3 * b.block_n * dim * size,
+        "attention_z": 2 * b.block_n * dim * size,
         "query_gradients": 2 * b.block_n * dim * size,
         "key_gradients": starts * (1 + b.chunk) * b.block_m * dim * size,
         "key_effects": (1 + b.chunk) * b.block_m * dim * size,
@@ -112,6 +129,7 @@ def traffic(case: compiled.Case, keys: int, trips: int, starts: int) -> tuple[fl
     grads, q, kv = c * rows * dim * size, rows * dim * size, 2 * columns * dim * size
     least = {
         "attention": q + kv + 2 * rows * dim * 4,
+        "attention_z": q + kv + rows * dim * 4,
         "query_gradients": q + kv + 2 * grads,
         "key_gradients": q + kv + grads + c * kv,
         "key_effects": q + 1.5 * kv + grads,
@@ -128,17 +146,19 @@ def predict(case: compiled.Case, keys: int) -> dict[str, object]:
     starts = compiled.starts(case, keys)
     slices = -(-case.dim // case.blocks.width)
     found = [binaries.inspect(binaries.compiled(start, case.target), slices) for start in starts]
-    programs, trips = starts[0].programs, trips_of(case, keys)
+    programs, (trips, masked) = starts[0].programs, trips_of(case, keys)
     streams = case.kernel in ("row_dots", "node_effects")
     loop_trips = programs * compiled.COTANGENTS if streams else trips
     lanes = case.blocks.num_warps * 32
     counts: Counter[str] = Counter()
     for binary in found:
         loop, whole = binaries.families(binary.loop), binaries.families(binary.instructions)
+        edge = binaries.families(binary.edge)
         for family in whole:
             # what lies outside the loops runs once per program
-            once = max(whole[family] - loop[family], 0) if loop_trips else whole[family]
-            counts[family] += once * programs + loop[family] * loop_trips
+            inside = loop[family] + edge[family] if loop_trips else 0
+            once = max(whole[family] - inside, 0)
+            counts[family] += once * programs + loop[family] * loop_trips + edge[family] * masked
     per_second = SMS * CLOCK_HZ
     flop = 2 * products(case, len(starts)) * trips * case.blocks.block_m * case.blocks.block_n
     parts = 6 if case.dtype == "f32" or case.kernel == "top_effects" else 1
@@ -167,6 +187,8 @@ def predict(case: compiled.Case, keys: int) -> dict[str, object]:
         "bytes_per_trip": round(l2 / trips) if trips else None,
         "matrix_instructions_per_trip": sum(binaries.matrix_count(b.loop) for b in found),
         "instructions_per_trip": sum(b.loop.total() for b in found),
+        "masked_trips": masked,
+        "masking_instructions": sum(b.edge.total() for b in found),
         **{f"{name}_ms": 1e3 * seconds[name] for name in TIMES},
         "bound": bound,
         "predicted_ms": 1e3 * seconds[bound],

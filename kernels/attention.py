@@ -40,14 +40,16 @@ from atp_fast.kernels.launch import (
     strides,
 )
 from atp_fast.kernels.tiles import (
+    LOG2_E,
+    binary_logits,
     exp,
+    hide,
     keys_in_reach,
+    keys_seen_whole,
     load_rows,
-    logits,
     row_products,
     sigmoid,
     store_rows,
-    visible,
 )
 
 # weights are at most 1; so much larger, the low part of a float16 weight is no subnormal number
@@ -55,12 +57,61 @@ PARTS_SCALE = tl.constexpr(2.0**15)
 
 
 @triton.jit
-def _masked_logits(
+def query_block(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_vb,
+    stride_vh,
+    stride_mb,
+    heads,
+    kv_heads,
+    queries,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The queries that this program owns: batch and head, first query, the keys in their reach, pointers to their head.
+
+    Of the keys [low, high) in reach the tiles in [whole, rest) are seen whole, by all of the queries.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    # the last queries see the most keys: they start first
+    block = blocks - 1 - pid % blocks
+    batch_head = pid // blocks
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = head // (heads // kv_heads)
+    start_m = (block * BLOCK_M).to(tl.int32)
+    low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+    whole, rest = keys_seen_whole(
+        start_m, low, high, queries, keys, window, CAUSAL, mask_ptr is not None, BLOCK_M, BLOCK_N
+    )
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    if mask_ptr is not None:
+        mask_ptr += batch * stride_mb
+    return batch_head, head, start_m, low, high, whole, rest, q_ptr, k_ptr, v_ptr, mask_ptr
+
+
+@triton.jit
+def tile_logits(
     q,
     q_ptr,
     k_ptr,
     mask_ptr,
     start_n,
+    whole,
+    rest,
     offs_m,
     cols,
     stride_qm,
@@ -77,25 +128,30 @@ def _masked_logits(
     BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
     CAUSAL: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] logits, -inf where a key is not admissible."""
+    """[BLOCK_M, BLOCK_N] logits in units of logit_unit, -inf where a key is not admissible."""
     left = keys - start_n
     k_base = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
     # [BLOCK_N, BLOCK_D]
     k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
-    raw = row_products(
+    s = row_products(
         q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
         HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
     )  # fmt: skip
-    s = logits(raw, scale, softcap)
-    distance = (offs_m + (keys - queries))[:, None] - (start_n + cols)[None, :]
-    seen = visible(distance, window, CAUSAL)
-    seen &= (cols < left)[None, :]
-    if mask_ptr is not None:
-        masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
-        seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
-    return tl.where(seen, s, float("-inf"))
+    if not RAW:
+        s = binary_logits(s, scale, softcap)
+    if (start_n < whole) | (start_n >= rest):
+        positions = offs_m + (keys - queries)
+        s = hide(s, positions, mask_ptr, start_n, cols, stride_mn, keys, window, CAUSAL)
+    return s
+
+
+@triton.jit
+def logit_unit(scale, RAW: tl.constexpr):
+    """What makes tile_logits logits to the base 2: RAW ones are products q . k, which leaves the scale to the exponent."""
+    return scale * LOG2_E if RAW else 1.0
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window"])
@@ -136,31 +192,20 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    # the last queries see the most keys: they start first
-    block = blocks - 1 - pid % blocks
-    batch_head = pid // blocks
-    batch = batch_head // heads
-    head = batch_head % heads
-    kv_head = head // (heads // kv_heads)
-    start_m = (block * BLOCK_M).to(tl.int32)
+    batch_head, head, start_m, low, high, whole, rest, q_ptr, k_ptr, v_ptr, mask_ptr = query_block(
+        q_ptr, k_ptr, v_ptr, mask_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb,
+        heads, kv_heads, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     offs_m = start_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-
-    low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
-
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    q_ptr += batch * stride_qb + head * stride_qh
-    if mask_ptr is not None:
-        mask_ptr += batch * stride_mb
+    unit = logit_unit(scale, RAW)
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
 
@@ -169,9 +214,9 @@ def _attention_fwd_kernel(
     second = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start_n in range(low, high, BLOCK_N):
-        s = _masked_logits(
-            q, q_ptr, k_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
-            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, PRECISION,
+        s = tile_logits(
+            q, q_ptr, k_ptr, mask_ptr, start_n, whole, rest, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
+            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, RAW, PRECISION,
         )  # fmt: skip
         second = tl.maximum(second, tl.minimum(best, s))
         tile = tl.where(s > best, start_n, tile)
@@ -181,21 +226,24 @@ def _attention_fwd_kernel(
     top = tl.min(tl.where(best == largest[:, None], at, 2147483647), 1)
     offset = tl.max(tl.where(at == top[:, None], second, best), 1)
     top = tl.where(largest == float("-inf"), -1, top)
+    # from here on to the base 2
+    offset = offset * unit
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head)
+        sink = tl.load(sinks_ptr + head) * LOG2_E
         offset = tl.maximum(offset, sink)
     offset = tl.where(offset == float("-inf"), 0.0, offset)
 
     loo_z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
-        total += exp(sink - offset)
+        total += tl.exp2(sink - offset)
     for start_n in range(low, high, BLOCK_N):
-        s = _masked_logits(
-            q, q_ptr, k_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
-            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, PRECISION,
+        s = tile_logits(
+            q, q_ptr, k_ptr, mask_ptr, start_n, whole, rest, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
+            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, RAW, PRECISION,
         )  # fmt: skip
-        p = tl.where((start_n + cols)[None, :] == top[:, None], 0.0, exp(s - offset[:, None]))
+        p = tl.exp2(s * unit - offset[:, None])
+        p = tl.where((start_n + cols)[None, :] == top[:, None], 0.0, p)
         total += tl.sum(p, 1)
         # [BLOCK_N, BLOCK_V]
         v_base = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
@@ -212,10 +260,12 @@ def _attention_fwd_kernel(
     if q.dtype != tl.float32:
         loo_z = loo_z / PARTS_SCALE
     loo_z = loo_z / tl.where(empty, 1.0, total)[:, None]
-    loo_logsumexp = tl.where(empty, float("-inf"), offset + tl.log(tl.where(empty, 1.0, total)))
+    loo_logsumexp = (offset + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E
+    loo_logsumexp = tl.where(empty, float("-inf"), loo_logsumexp)
 
     # join the top key again
     nothing = largest == float("-inf")
+    largest = largest * unit / LOG2_E
     lead = tl.where(nothing, float("-inf"), largest - loo_logsumexp)
     v_top_rows = tl.where(nothing, keys, top)
     v_top = load_rows(v_ptr, v_top_rows, keys, stride_vn, stride_vd, V_DIM, BLOCK_V)
@@ -242,7 +292,6 @@ _NARROW = {
     ),
     256: (
         Blocks(64, 16, 1, 8, 1, width=64, majors=(9,)),
-        Blocks(64, 16, 1, 8, 2, width=32, majors=(9,)),
         Blocks(64, 32, 1, 8, 2, width=64, majors=(8, 10)),
     ),
 }
@@ -278,6 +327,11 @@ class Outputs(NamedTuple):
     loo_z: Tensor
 
 
+def takes_raw(scoring: Scoring) -> bool:
+    """Whether products q . k rank as their logits do, so that the largest need not be scaled to be found."""
+    return scoring.softcap is None and scoring.scale > 0
+
+
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, blocks: Blocks | None = None
 ) -> Outputs:
@@ -309,6 +363,7 @@ def launch_attention(
         **strides("k", k, "bhnd"),
         **strides("v", v, "bhnd"),
         **scoring_arguments(scoring, sizes),
+        "RAW": takes_raw(scoring),
         "PRECISION": dot_precision(q.dtype),
     }
     choices = (blocks,) if blocks else candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim)

@@ -4,15 +4,15 @@
     dS_ij = p_ij (dP_ij - D_i) ds_ij/d(q_i . k_j)
     grad_q_i = sum_j dS_ij k_j       grad_k_j = sum_i dS_ij q_i       grad_v_j = sum_i p_ij g_i
 
-Inputs as in attention.py; grad_z (C, batch, heads, queries, v_dim); logsumexp and D float32, D from one read of
-grad_z (row_dots.py). Outputs have a leading C and the dtype of q. Logits, p, dP, dS and sums are float32; operands
+Inputs as in attention.py; grad_z (C, batch, heads, queries, v_dim); logsumexp, to the base 2, and D float32, from one read of
+grad_z (row_dots.py). Only tiles at the diagonal, a window's edge or the end are masked. Outputs have a leading C and the dtype of q. Logits, p, dP, dS and sums are float32; operands
 of products are in the input dtype (float16: TF32, see tiles.weigh).
 
 No atomics: the owner of a key block sums grad_k and grad_v, the owner of a query block grad_q, each from its own
 p and dP, in a fixed order. One program serves CHUNK cotangents, which share p.
 
 _attention_vjp_key_kernel: BLOCK_N keys of one key/value head; loops over the query blocks in reach of every query
-head of the group. Tiles are held transposed, [BLOCK_N, BLOCK_M], so that p and dS enter their products from
+head of the group; where programs are few, of a part of it, and the parts, float32, are summed afterwards. Tiles are held transposed, [BLOCK_N, BLOCK_M], so that p and dS enter their products from
 registers. Per tile: 1 product for p and 3 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
 _attention_vjp_query_kernel: BLOCK_M queries of one head, whose g stay on chip; loops over the key blocks in reach.
 Per tile: 1 product for p and 2 per cotangent; bytes: BLOCK_N (head_dim + v_dim) elements.
@@ -22,6 +22,7 @@ More than 400 lines: the kernels share one derivation, and Triton wants every po
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from atp_fast.kernels.launch import (
     candidates,
     cdiv,
     dot_precision,
-    never_negative_infinity,
+    group_parts,
     padded,
     run,
     scoring_arguments,
@@ -45,12 +46,14 @@ from atp_fast.kernels.launch import (
 )
 from atp_fast.kernels.row_dots import launch_row_dots
 from atp_fast.kernels.tiles import (
-    exp,
+    binary_logits,
+    hide,
     keys_in_reach,
+    keys_seen_whole,
     load_rows,
-    logits,
     queries_in_reach,
     row_products,
+    sees_whole,
     soften,
     store_rows,
     visible,
@@ -115,7 +118,8 @@ def _attention_vjp_key_kernel(
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
     first = pid // blocks // (batches * kv_heads) * CHUNK
-    group = heads // kv_heads
+    part = tl.program_id(1)
+    group = heads // kv_heads // tl.num_programs(1)
     start_n = (block * BLOCK_N).to(tl.int32)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
@@ -136,40 +140,47 @@ def _attention_vjp_key_kernel(
         if grad_v_ptr is not None:
             grad_v = grad_v + (tl.zeros([BLOCK_N, BLOCK_V], tl.float32),)
 
-    for step in range(0, group * per_head):
-        head = kv_head * group + step // per_head
-        start_m = low + step % per_head * BLOCK_M
-        offs_m = start_m + rows
-        row = (batch * heads + head) * queries
-        q_base = q_ptr + batch * stride_qb + head * stride_qh
+    head = (kv_head * tl.num_programs(1) + part) * group
+    start_m = low
+    for _ in range(0, group * per_head):
+        left = queries - start_m
+        row = (batch * heads + head) * queries + start_m
+        q_base = (
+            q_ptr + batch * stride_qb + head * stride_qh + tl.cast(start_m, tl.int64) * stride_qm
+        )
         # [BLOCK_M, BLOCK_D]
-        q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_base, rows, left, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
         # a row beyond the end has q, g, D and this 0: it adds 0
-        lse = tl.load(logsumexp_ptr + row + offs_m, mask=offs_m < queries, other=0.0)[None, :]
-        seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
+        lse = tl.load(logsumexp_ptr + row + rows, mask=rows < left, other=0.0)[None, :]
         # [BLOCK_N, BLOCK_M]
         raw = row_products(
-            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, offs_m, queries, stride_qm, stride_qd,
+            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, rows, left, stride_qm, stride_qd,
             HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
         )  # fmt: skip
-        s = logits(raw, scale, softcap)
-        p = exp(tl.where(seen, s - lse, float("-inf")))
+        s = binary_logits(raw, scale, softcap)
+        x = s - lse
+        if not sees_whole(start_m, start_n, shift, window, CAUSAL, BLOCK_M, BLOCK_N):
+            seen = visible((start_m + shift + rows)[None, :] - offs_n[:, None], window, CAUSAL)
+            x = tl.where(seen, x, float("-inf"))
+        p = tl.exp2(x)
 
         new_grad_k = ()
         new_grad_v = ()
         for c in tl.static_range(CHUNK):
-            present = tl.where(first + c < cotangents, queries, 0)
-            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            # one that is not there repeats the last, and is not stored
+            cotangent = tl.minimum(first + c, cotangents - 1)
+            g_base = grad_ptr + cotangent * stride_gc + batch * stride_gb + head * stride_gh
+            g_base += tl.cast(start_m, tl.int64) * stride_gm
             # [BLOCK_M, BLOCK_V]
-            g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
+            g = load_rows(g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V)
             if grad_v_ptr is not None:
                 new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
             if grad_k_ptr is not None:
-                row_c = (first + c) * batches * heads * queries + row + offs_m
-                mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
+                row_c = cotangent * batches * heads * queries + row + rows
+                mean = tl.load(mean_ptr + row_c, mask=rows < left, other=0.0)[None, :]
                 dp = row_products(
                     v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
-                    g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+                    g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
                 )  # fmt: skip
                 ds = soften(p * (dp - mean), s, softcap)
                 new_grad_k = new_grad_k + (weigh(ds, q, grad_k[c], PRECISION),)
@@ -177,6 +188,11 @@ def _attention_vjp_key_kernel(
             grad_k = new_grad_k
         if grad_v_ptr is not None:
             grad_v = new_grad_v
+        # the next head's first block behind this one's last; a division would cost more
+        start_m += BLOCK_M
+        behind = start_m >= low + per_head * BLOCK_M
+        start_m = tl.where(behind, low, start_m)
+        head += tl.where(behind, 1, 0)
 
     # a masked key's sums are meaningless, even infinite: they are dropped here, once, not in every tile
     real = offs_n < keys
@@ -185,7 +201,8 @@ def _attention_vjp_key_kernel(
         real = tl.load(masks, mask=real, other=0) != 0
     for c in tl.static_range(CHUNK):
         if first + c < cotangents:
-            row = (((first + c) * batches + batch) * kv_heads + kv_head) * keys
+            row = ((part * cotangents + first + c) * batches + batch) * kv_heads + kv_head
+            row *= keys
             if grad_k_ptr is not None:
                 dk = tl.where(real[:, None], grad_k[c] * scale, 0.0)
                 store_rows(grad_k_ptr + row * HEAD_DIM, offs_n, keys, dk, HEAD_DIM, BLOCK_D)
@@ -258,6 +275,9 @@ def _attention_vjp_query_kernel(
     positions = offs_m + (keys - queries)
 
     low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+    whole, rest = keys_seen_whole(
+        start_m, low, high, queries, keys, window, CAUSAL, mask_ptr is not None, BLOCK_M, BLOCK_N
+    )
 
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -272,12 +292,13 @@ def _attention_vjp_query_kernel(
     mean = ()
     grad_q = ()
     for c in tl.static_range(CHUNK):
-        present = tl.where(first + c < cotangents, queries, 0)
-        g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+        # one that is not there repeats the last, and is not stored
+        cotangent = tl.minimum(first + c, cotangents - 1)
+        g_base = grad_ptr + cotangent * stride_gc + batch * stride_gb + head * stride_gh
         # [BLOCK_M, BLOCK_V]
-        g = g + (load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V),)
-        row_c = (first + c) * batches * heads * queries + row
-        mean = mean + (tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[:, None],)
+        g = g + (load_rows(g_base, offs_m, queries, stride_gm, stride_gd, V_DIM, BLOCK_V),)
+        row_c = cotangent * batches * heads * queries + row
+        mean = mean + (tl.load(mean_ptr + row_c, mask=offs_m < queries, other=0.0)[:, None],)
         grad_q = grad_q + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
 
     for start_n in range(low, high, BLOCK_N):
@@ -287,24 +308,22 @@ def _attention_vjp_query_kernel(
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
         v = load_rows(v_base, cols, left, stride_vn, stride_vd, V_DIM, BLOCK_V)
-        seen = visible(positions[:, None] - (start_n + cols)[None, :], window, CAUSAL)
-        seen &= (cols < left)[None, :]
-        if mask_ptr is not None:
-            masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
-            seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
         # [BLOCK_M, BLOCK_N]
         raw = row_products(
             q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
             HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
         )  # fmt: skip
-        s = logits(raw, scale, softcap)
-        p = tl.where(seen, exp(s - lse), 0.0)
+        s = binary_logits(raw, scale, softcap)
+        x = s - lse
+        if (start_n < whole) | (start_n >= rest):
+            x = hide(x, positions, mask_ptr, start_n, cols, stride_mn, keys, window, CAUSAL)
+        p = tl.exp2(x)
         new_grad_q = ()
         for c in tl.static_range(CHUNK):
-            present = tl.where(first + c < cotangents, queries, 0)
-            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            cotangent = tl.minimum(first + c, cotangents - 1)
+            g_base = grad_ptr + cotangent * stride_gc + batch * stride_gb + head * stride_gh
             dp = row_products(
-                g[c], v, g_base, offs_m, present, stride_gm, stride_gd,
+                g[c], v, g_base, offs_m, queries, stride_gm, stride_gd,
                 v_base, cols, left, stride_vn, stride_vd, V_DIM, BLOCK_V, WIDTH, PRECISION,
             )  # fmt: skip
             ds = soften(p * (dp - mean[c]), s, softcap)
@@ -323,44 +342,56 @@ _WIDE = 512
 KEY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
-        Blocks(32, 128, 2, 8, 2, majors=(8, 10)),
+        Blocks(32, 64, 2, 4, 3, majors=(9,)),
+        Blocks(32, 128, 2, 8, 2, majors=(10,)),
+        Blocks(16, 128, 2, 8, 2, majors=(8,)),
+        Blocks(32, 128, 1, 8, 2, majors=(8,)),
     ),
     (torch.bfloat16, 128): (
         Blocks(64, 64, 1, 4, 2, majors=(9,)),
+        Blocks(32, 128, 1, 8, 2, majors=(9,)),
         Blocks(64, 128, 1, 8, 2, majors=(10,)),
-        Blocks(32, 128, 1, 8, 2, majors=(8,)),
+        Blocks(64, 64, 1, 8, 2, majors=(8,)),
+        Blocks(16, 128, 1, 8, 2, majors=(8,)),
     ),
     (torch.bfloat16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
     (torch.float16, 64): (Blocks(32, 128, 1, 8, 2),),
-    (torch.float16, 128): (Blocks(32, 128, 1, 8, 2),),
+    (torch.float16, 128): (
+        Blocks(32, 128, 1, 8, 2, majors=(10,)),
+        Blocks(32, 64, 1, 8, 2, majors=(9,)),
+        Blocks(16, 128, 1, 8, 2, majors=(8, 9)),
+    ),
     (torch.float16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
     (torch.float32, 64): (
         Blocks(64, 128, 1, 8, 1, majors=(9,)),
-        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(64, 32, 1, 8, 2, width=16, majors=(9, 10)),
         Blocks(16, 64, 1, 4, 2, width=16, majors=(8, 10)),
     ),
     (torch.float32, 128): (
         Blocks(16, 128, 1, 8, 1, majors=(9,)),
         Blocks(32, 64, 1, 4, 2, width=16, majors=(9,)),
-        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(32, 32, 1, 8, 2, width=16, majors=(10,)),
         Blocks(16, 32, 1, 4, 2, width=16, majors=(8,)),
     ),
     (torch.float32, 256): (
         Blocks(16, 64, 1, 8, 1, width=16, majors=(9,)),
         Blocks(16, 64, 1, 8, 2, width=16, majors=(9,)),
-        Blocks(32, 32, 1, 8, 2, width=16, majors=(10,)),
+        Blocks(16, 32, 1, 8, 2, width=16, majors=(10,)),
         Blocks(16, 16, 1, 4, 1, width=16, majors=(8,)),
     ),
 }
 QUERY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
+        Blocks(64, 64, 3, 4, 3, majors=(9,)),
         Blocks(128, 64, 2, 8, 2, majors=(10,)),
         Blocks(64, 64, 1, 4, 2, majors=(8,)),
     ),
     (torch.bfloat16, 128): (
         Blocks(128, 64, 2, 8, 3, majors=(9,)),
-        Blocks(128, 64, 1, 8, 2, majors=(8, 10)),
+        Blocks(128, 64, 1, 8, 2, majors=(10,)),
+        Blocks(64, 64, 1, 4, 2, majors=(8,)),
+        Blocks(64, 64, 1, 8, 2, majors=(8,)),
     ),
     (torch.bfloat16, 256): (Blocks(64, 32, 1, 8, 2, width=64),),
     (torch.float16, 64): (Blocks(64, 64, 1, 4, 2),),
@@ -368,7 +399,7 @@ QUERY_CONFIGS = {
     (torch.float16, 256): (Blocks(64, 32, 1, 8, 2, width=64),),
     (torch.float32, 64): (
         Blocks(64, 64, 1, 4, 1, majors=(9,)),
-        Blocks(64, 32, 1, 4, 2, width=32, majors=(10,)),
+        Blocks(64, 32, 1, 8, 2, width=32, majors=(10,)),
         Blocks(32, 32, 1, 4, 2, width=16, majors=(8,)),
     ),
     (torch.float32, 128): (
@@ -394,20 +425,34 @@ def launch_key_gradients(
     scoring: Scoring,
     *,
     blocks: Blocks | None = None,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_k and grad_v; mean is D, (C, batch, heads, queries) float32."""
+    """grad_k and grad_v; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2 (row_dots.py).
+
+    parts: into how many a group's query heads go (launch.group_parts chooses).
+    """
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
-    grad_k = torch.empty((cotangents, *k.shape), dtype=k.dtype, device=k.device)
-    grad_v = torch.empty((cotangents, *v.shape), dtype=v.dtype, device=v.device)
-    if grad_k.numel() + grad_v.numel() == 0:
-        return grad_k, grad_v
+    shape_k, shape_v = (cotangents, *k.shape), (cotangents, *v.shape)
+    if math.prod(shape_k) + math.prod(shape_v) == 0:
+        return k.new_empty(shape_k), v.new_empty(shape_v)
+    choices = shared_out(candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
+    choices = (blocks,) if blocks else choices
+    heads = sizes.batch * sizes.kv_heads
+
+    def programs(b: Blocks) -> int:
+        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
+
+    parts = parts or group_parts(programs(choices[0]), sizes, q)
+    wide = k.dtype if parts == 1 else torch.float32
+    grad_k = torch.empty((parts, *shape_k), dtype=wide, device=k.device)
+    grad_v = torch.empty((parts, *shape_v), dtype=wide, device=v.device)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(logsumexp, scoring),
+        "logsumexp_ptr": logsumexp,
         "mean_ptr": mean,
         "grad_k_ptr": grad_k,
         "grad_v_ptr": grad_v,
@@ -420,19 +465,15 @@ def launch_key_gradients(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = shared_out(candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
-    heads = sizes.batch * sizes.kv_heads
-
-    def programs(b: Blocks) -> int:
-        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
-
-    choices = (blocks,) if blocks else choices
     if q.element_size() * max(padded(sizes.head_dim), padded(sizes.v_dim)) < _WIDE:
-        run(_attention_vjp_key_kernel, programs, arguments, choices, q)
+        run(_attention_vjp_key_kernel, programs, arguments, choices, q, parts)
     else:
         for absent in ("grad_k_ptr", "grad_v_ptr"):
-            run(_attention_vjp_key_kernel, programs, {**arguments, absent: None}, choices, q)
-    return grad_k, grad_v
+            without = {**arguments, absent: None}
+            run(_attention_vjp_key_kernel, programs, without, choices, q, parts)
+    if parts == 1:
+        return grad_k[0], grad_v[0]
+    return grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)
 
 
 def launch_query_gradients(
@@ -446,7 +487,7 @@ def launch_query_gradients(
     *,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """grad_q; mean is D, (C, batch, heads, queries) float32."""
+    """grad_q; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2 (row_dots.py)."""
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
     grad_q = torch.empty((cotangents, *q.shape), dtype=q.dtype, device=q.device)
@@ -457,7 +498,7 @@ def launch_query_gradients(
         "k_ptr": k,
         "v_ptr": v,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(logsumexp, scoring),
+        "logsumexp_ptr": logsumexp,
         "mean_ptr": mean,
         "grad_q_ptr": grad_q,
         "batches": sizes.batch,
@@ -492,7 +533,7 @@ def launch_attention_vjp(
     key_blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_q, grad_k, grad_v; z and logsumexp are the statistics of launch_attention."""
-    (mean,) = launch_row_dots(grad_z, z)
-    rows = (grad_z, logsumexp, mean, scoring)
+    mean, binary = launch_row_dots(grad_z, z, logsumexp=logsumexp)
+    rows = (grad_z, binary, mean, scoring)
     grad_q = launch_query_gradients(q, k, v, *rows, blocks=query_blocks)
     return grad_q, *launch_key_gradients(q, k, v, *rows, blocks=key_blocks)

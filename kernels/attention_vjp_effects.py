@@ -7,7 +7,8 @@ forward, whatever C is.
 Gradients and key effects are summed by two kernels, not one, although both need dP. Their accumulators differ:
 2 BLOCK_N head_dim floats per cotangent for the gradients, BLOCK_N for the effects. A joint kernel can hold one or
 two cotangents before it spills and so recomputes w, some forty instructions per element, C / 2 times; apart, the
-effects share w among 8 cotangents and pay one more product each (bench/roofline.py has the counts).
+effects share w among up to 12 cotangents and pay one more product each. Nor is it v . (w^T g) - w^T D in bfloat16: that
+saves the tile of dP, but a thread holds the accumulators of four cotangents (bench/README.md has the counts).
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ def launch_attention_vjp_effects(
     """grad_q, grad_k, grad_v, effect_q, effect_k; stats from launch_attention of q, k, v."""
     moved = launch_attention(q_corrupted, k, v, scoring).z - stats.z
     top_vectors = launch_top_vectors(q, k, v, k_corrupted, stats, scoring)
-    mean, top_part, effect_q = launch_row_dots(grad_z, stats.z, top_vectors, moved)
-    rows = (grad_z, stats.logsumexp, mean, scoring)
+    mean, top_part, effect_q, binary = launch_row_dots(
+        grad_z, stats.z, top_vectors, moved, logsumexp=stats.logsumexp
+    )
+    rows = (grad_z, binary, mean, scoring)
     grad_q = launch_query_gradients(q, k, v, *rows, blocks=query_blocks)
     grad_k, grad_v = launch_key_gradients(q, k, v, *rows, blocks=key_blocks)
     others = launch_other_effects(
-        q, k, v, k_corrupted, grad_z, stats, mean, scoring, blocks=effect_blocks
+        q, k, v, k_corrupted, grad_z, stats.top_key, binary, mean, scoring, blocks=effect_blocks
     )
     effect_k = others + launch_top_effects(top_part, stats.top_key, sizes_of(q, k, v), scoring)
     return grad_q, grad_k, grad_v, effect_q.transpose(-1, -2), effect_k

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atp_fast.kernels.attention import logit_unit, query_block, takes_raw, tile_logits
 from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
@@ -31,81 +32,7 @@ from atp_fast.kernels.launch import (
     sizes_of,
     strides,
 )
-from atp_fast.kernels.tiles import (
-    keys_in_reach,
-    load_rows,
-    logits,
-    row_products,
-    store_rows,
-    visible,
-)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _add_keys(
-    largest,
-    total,
-    z,
-    q,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    start_n,
-    offs_m,
-    cols,
-    stride_qm,
-    stride_qd,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    stride_mn,
-    queries,
-    keys,
-    scale,
-    window,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The online softmax with BLOCK_N more keys: largest logit to the base 2, sum of weights, weighted values."""
-    left = keys - start_n
-    k_base = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
-    v_base = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
-    # [BLOCK_N, BLOCK_D]
-    k = load_rows(k_base, cols, left, stride_kn, stride_kd, HEAD_DIM, BLOCK_D)
-    # [BLOCK_M, BLOCK_N]
-    s = row_products(
-        q, k, q_ptr, offs_m, queries, stride_qm, stride_qd, k_base, cols, left, stride_kn, stride_kd,
-        HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
-    )  # fmt: skip
-    s = s * (scale * LOG2_E) if softcap is None else logits(s, scale, softcap) * LOG2_E
-    if MASKED:
-        distance = (offs_m + (keys - queries))[:, None] - (start_n + cols)[None, :]
-        seen = visible(distance, window, CAUSAL) & (cols < left)[None, :]
-        if mask_ptr is not None:
-            masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
-            seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
-        s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(largest, tl.max(s, 1))
-    # a row that has seen nothing yet
-    base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(largest - base)
-    total = total * shrink + tl.sum(p, 1)
-    # [BLOCK_N, BLOCK_V]
-    v = load_rows(v_base, cols, left, stride_vn, stride_vd, V_DIM, BLOCK_V)
-    z = tl.dot(p.to(v.dtype), v, z * shrink[:, None], input_precision=PRECISION)
-    return higher, total, z
+from atp_fast.kernels.tiles import LOG2_E, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window"])
@@ -143,74 +70,48 @@ def _attention_z_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    # the last queries see the most keys: they start first
-    block = blocks - 1 - pid % blocks
-    batch_head = pid // blocks
-    batch = batch_head // heads
-    head = batch_head % heads
-    kv_head = head // (heads // kv_heads)
-    start_m = (block * BLOCK_M).to(tl.int32)
+    batch_head, head, start_m, low, high, whole, rest, q_ptr, k_ptr, v_ptr, mask_ptr = query_block(
+        q_ptr, k_ptr, v_ptr, mask_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb,
+        heads, kv_heads, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     offs_m = start_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    q_ptr += batch * stride_qb + head * stride_qh
-    if mask_ptr is not None:
-        mask_ptr += batch * stride_mb
+    unit = logit_unit(scale, RAW)
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
-
-    # keys [low, whole) and [rest, high) are masked, [whole, rest) are seen by every query
-    low, high = keys_in_reach(start_m, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
-    position = start_m + (keys - queries)
-    whole = low
-    rest = keys // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        rest = (position + 1) // BLOCK_N * BLOCK_N
-    if window is not None:
-        whole = tl.cdiv(tl.maximum(position + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
-        whole = tl.minimum(tl.maximum(whole, low), tl.cdiv(high, BLOCK_N) * BLOCK_N)
-    rest = tl.maximum(rest, whole)
-    if mask_ptr is not None:
-        rest = whole
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if sinks_ptr is not None:
-        largest = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head) * LOG2_E
+        largest = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head) * LOG2_E / unit
         total += 1.0
-    if window is not None:
-        for start_n in range(low, whole, BLOCK_N):
-            largest, total, z = _add_keys(
-                largest, total, z, q, q_ptr, k_ptr, v_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd,
-                stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, queries, keys, scale, window, softcap,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WIDTH, CAUSAL, PRECISION, True,
-            )  # fmt: skip
-    for start_n in range(whole, rest, BLOCK_N):
-        largest, total, z = _add_keys(
-            largest, total, z, q, q_ptr, k_ptr, v_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd,
-            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, queries, keys, scale, window, softcap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WIDTH, CAUSAL, PRECISION, False,
+    for start_n in range(low, high, BLOCK_N):
+        s = tile_logits(
+            q, q_ptr, k_ptr, mask_ptr, start_n, whole, rest, offs_m, cols, stride_qm, stride_qd, stride_kn, stride_kd,
+            stride_mn, queries, keys, scale, window, softcap, HEAD_DIM, BLOCK_D, WIDTH, CAUSAL, RAW, PRECISION,
         )  # fmt: skip
-    for start_n in range(rest, high, BLOCK_N):
-        largest, total, z = _add_keys(
-            largest, total, z, q, q_ptr, k_ptr, v_ptr, mask_ptr, start_n, offs_m, cols, stride_qm, stride_qd,
-            stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, queries, keys, scale, window, softcap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WIDTH, CAUSAL, PRECISION, True,
-        )  # fmt: skip
+        higher = tl.maximum(largest, tl.max(s, 1))
+        # a row that has seen nothing yet
+        base = tl.where(higher == float("-inf"), 0.0, higher) * unit
+        p = tl.exp2(s * unit - base[:, None])
+        shrink = tl.exp2(largest * unit - base)
+        largest = higher
+        total = total * shrink + tl.sum(p, 1)
+        # [BLOCK_N, BLOCK_V]
+        v_base = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        v = load_rows(v_base, cols, keys - start_n, stride_vn, stride_vd, V_DIM, BLOCK_V)
+        z = tl.dot(p.to(v.dtype), v, z * shrink[:, None], input_precision=PRECISION)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    logsumexp = tl.where(empty, float("-inf"), (largest + tl.log2(total)) / LOG2_E)
+    logsumexp = tl.where(empty, float("-inf"), (largest * unit + tl.log2(total)) / LOG2_E)
     row = batch_head * queries
     tl.store(logsumexp_ptr + row + offs_m, logsumexp, mask=offs_m < queries)
     store_rows(z_ptr + row * V_DIM, offs_m, queries, z / total[:, None], V_DIM, BLOCK_V)
@@ -273,6 +174,7 @@ def launch_attention_z(
         **strides("k", k, "bhnd"),
         **strides("v", v, "bhnd"),
         **scoring_arguments(scoring, sizes),
+        "RAW": takes_raw(scoring),
         "PRECISION": dot_precision(q.dtype),
     }
     choices = (blocks,) if blocks else candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim)

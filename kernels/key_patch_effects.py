@@ -14,7 +14,8 @@ products take the inputs as they are. Four kernels:
   2. row_dots.py: g_i . u_i for every cotangent, in the pass over grad_z that yields D.
   3. _key_patch_effects_kernel: the sum over all other keys. One program owns BLOCK_N keys of one key/value head
      for CHUNK cotangents, which share w, and loops over the query blocks in reach of every query head of the
-     group. Per tile: 2 products for w and 1 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
+     group, or of a part of it where programs are few. Only tiles at the diagonal or a window's edge are masked. Per tile:
+     2 products for w and 1 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
   4. _top_effects_kernel: the parts of 2, summed by key. The owner of BLOCK_N keys multiplies the rows' one-hot
      choice [BLOCK_N, BLOCK_M] with CHUNK cotangents: a product, in a fixed order, instead of atomics.
 
@@ -23,6 +24,7 @@ More than 400 lines: the kernels are parts of one sum, and Triton wants every po
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from atp_fast.kernels.launch import (
     candidates,
     cdiv,
     dot_precision,
-    never_negative_infinity,
+    group_parts,
     padded,
     run,
     scoring_arguments,
@@ -49,13 +51,15 @@ from atp_fast.kernels.launch import (
 )
 from atp_fast.kernels.row_dots import launch_row_dots
 from atp_fast.kernels.tiles import (
-    exp,
+    binary_change,
+    binary_logits,
     key_weights,
     load_rows,
     logit_change,
     logits,
     queries_in_reach,
     row_products,
+    sees_whole,
     sigmoid_difference,
     store_rows,
     visible,
@@ -116,6 +120,7 @@ def _key_patch_effects_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -124,7 +129,8 @@ def _key_patch_effects_kernel(
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
     first = pid // blocks // (batches * kv_heads) * CHUNK
-    group = heads // kv_heads
+    part = tl.program_id(1)
+    group = heads // kv_heads // tl.num_programs(1)
     start_n = (block * BLOCK_N).to(tl.int32)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
@@ -143,48 +149,58 @@ def _key_patch_effects_kernel(
     for _ in tl.static_range(CHUNK):
         effect = effect + (tl.zeros([BLOCK_N], tl.float32),)
 
-    for step in range(0, group * per_head):
-        head = kv_head * group + step // per_head
-        start_m = low + step % per_head * BLOCK_M
-        offs_m = start_m + rows
-        row = (batch * heads + head) * queries
-        q_base = q_ptr + batch * stride_qb + head * stride_qh
+    head = (kv_head * tl.num_programs(1) + part) * group
+    start_m = low
+    for _ in tl.range(0, group * per_head, num_stages=STAGES):
+        left = queries - start_m
+        row = (batch * heads + head) * queries + start_m
+        q_base = (
+            q_ptr + batch * stride_qb + head * stride_qh + tl.cast(start_m, tl.int64) * stride_qm
+        )
         # [BLOCK_M, BLOCK_D]
-        q = load_rows(q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_base, rows, left, stride_qm, stride_qd, HEAD_DIM, BLOCK_D)
         # a row beyond the end has q, g, D and this 0: it adds 0
-        lse = tl.load(logsumexp_ptr + row + offs_m, mask=offs_m < queries, other=0.0)[None, :]
-        top = tl.load(top_key_ptr + row + offs_m, mask=offs_m < queries, other=-1)
-        seen = visible((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL)
+        lse = tl.load(logsumexp_ptr + row + rows, mask=rows < left, other=0.0)[None, :]
+        top = tl.load(top_key_ptr + row + rows, mask=rows < left, other=-1)
         # [BLOCK_N, BLOCK_M]
         raw = row_products(
-            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, offs_m, queries, stride_qm, stride_qd,
+            k, q, k_ptr, offs_n, keys, stride_kn, stride_kd, q_base, rows, left, stride_qm, stride_qd,
             HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
         )  # fmt: skip
-        s = logits(raw, scale, softcap)
-        x = tl.where(seen, s - lse, float("-inf"))
-        p = exp(x)
+        x = binary_logits(raw, scale, softcap) - lse
+        if not sees_whole(start_m, start_n, shift, window, CAUSAL, BLOCK_M, BLOCK_N):
+            seen = visible((start_m + shift + rows)[None, :] - offs_n[:, None], window, CAUSAL)
+            x = tl.where(seen, x, float("-inf"))
+        p = tl.exp2(x)
         raw_patched = row_products(
             k_corrupted, q, k_corrupted_ptr, offs_n, keys, stride_xn, stride_xd,
-            q_base, offs_m, queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
+            q_base, rows, left, stride_qm, stride_qd, HEAD_DIM, BLOCK_D, WIDTH, PRECISION,
         )  # fmt: skip
-        w = key_weights(p, x, logit_change(raw_patched, raw, scale, softcap))
+        w = key_weights(p, x, binary_change(raw_patched, raw, scale, softcap))
         w = tl.where(top[None, :] == offs_n[:, None], 0.0, w)
 
         new_effect = ()
         for c in tl.static_range(CHUNK):
-            present = tl.where(first + c < cotangents, queries, 0)
-            g_base = grad_ptr + (first + c) * stride_gc + batch * stride_gb + head * stride_gh
+            # one that is not there repeats the last, and is not stored
+            cotangent = tl.minimum(first + c, cotangents - 1)
+            g_base = grad_ptr + cotangent * stride_gc + batch * stride_gb + head * stride_gh
+            g_base += tl.cast(start_m, tl.int64) * stride_gm
             # [BLOCK_M, BLOCK_V]
-            g = load_rows(g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V)
-            row_c = (first + c) * batches * heads * queries + row + offs_m
-            mean = tl.load(mean_ptr + row_c, mask=offs_m < present, other=0.0)[None, :]
+            g = load_rows(g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V)
+            row_c = cotangent * batches * heads * queries + row + rows
+            mean = tl.load(mean_ptr + row_c, mask=rows < left, other=0.0)[None, :]
             dp = row_products(
                 v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
-                g_base, offs_m, present, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+                g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
             )  # fmt: skip
             total = tl.sum(w * (dp - mean), 1)
             new_effect = new_effect + (effect[c] + total,)
         effect = new_effect
+        # the next head's first block behind this one's last; a division would cost more
+        start_m += BLOCK_M
+        behind = start_m >= low + per_head * BLOCK_M
+        start_m = tl.where(behind, low, start_m)
+        head += tl.where(behind, 1, 0)
 
     # a masked key's sums are meaningless, even infinite: they are dropped here, once, not in every tile
     real = offs_n < keys
@@ -193,7 +209,9 @@ def _key_patch_effects_kernel(
         real = tl.load(masks, mask=real, other=0) != 0
     for c in tl.static_range(CHUNK):
         if first + c < cotangents:
-            column = ((first + c) * batches + batch) * keys + offs_n.to(tl.int64)
+            column = ((part * cotangents + first + c) * batches + batch) * keys + offs_n.to(
+                tl.int64
+            )
             out = tl.where(real, effect[c], 0.0)
             tl.store(effect_ptr + column * kv_heads + kv_head, out, mask=offs_n < keys)
 
@@ -324,7 +342,13 @@ def _top_effects_kernel(
 
 
 _NARROW = {
-    64: (Blocks(32, 64, 6, 4, 3, majors=(9,)), Blocks(32, 128, 4, 8, 2, majors=(8, 10))),
+    64: (
+        Blocks(32, 64, 6, 4, 3, majors=(9,)),
+        Blocks(32, 128, 12, 8, 2, majors=(9,)),
+        Blocks(32, 128, 4, 8, 2, majors=(10,)),
+        Blocks(32, 64, 4, 4, 2, majors=(8,)),
+        Blocks(32, 128, 3, 8, 2, majors=(8,)),
+    ),
     128: (
         Blocks(32, 128, 6, 8, 2, majors=(9,)),
         Blocks(32, 128, 4, 8, 2, majors=(10,)),
@@ -332,13 +356,13 @@ _NARROW = {
     ),
     256: (
         Blocks(32, 64, 1, 4, 2, width=64, majors=(9, 10)),
-        Blocks(32, 64, 1, 4, 1, width=64, majors=(8,)),
+        Blocks(32, 64, 1, 8, 2, width=64, majors=(8,)),
     ),
 }
 _FLOAT32 = {
     64: (
         Blocks(64, 64, 4, 4, 1, majors=(9,)),
-        Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
+        Blocks(32, 64, 2, 4, 2, width=16),
     ),
     128: (
         Blocks(32, 128, 4, 8, 1, width=32, majors=(9,)),
@@ -451,27 +475,40 @@ def launch_other_effects(
     v: Tensor,
     k_corrupted: Tensor,
     grad_z: Tensor,
-    stats: Outputs,
+    top_key: Tensor,
+    logsumexp: Tensor,
     mean: Tensor,
     scoring: Scoring,
     *,
     blocks: Blocks | None = None,
+    parts: int | None = None,
 ) -> Tensor:
-    """Effects without the parts of rows whose largest key is the patched one; mean is D."""
+    """Effects without the parts of rows whose largest key is the patched one; mean is D, logsumexp to the base 2.
+
+    parts: into how many a group's query heads go (launch.group_parts chooses).
+    """
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
     shape = (cotangents, sizes.batch, sizes.keys, sizes.kv_heads)
-    effect = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if effect.numel() == 0:
-        return effect
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+    choices = shared_out(candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
+    choices = (blocks,) if blocks else choices
+    heads = sizes.batch * sizes.kv_heads
+
+    def programs(b: Blocks) -> int:
+        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
+
+    parts = parts or group_parts(programs(choices[0]), sizes, q)
+    effect = torch.empty((parts, *shape), dtype=torch.float32, device=q.device)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "k_corrupted_ptr": k_corrupted,
         "grad_ptr": grad_z,
-        "logsumexp_ptr": never_negative_infinity(stats.logsumexp, scoring),
-        "top_key_ptr": stats.top_key.to(torch.int32),
+        "logsumexp_ptr": logsumexp,
+        "top_key_ptr": top_key.to(torch.int32),
         "mean_ptr": mean,
         "effect_ptr": effect,
         "batches": sizes.batch,
@@ -484,14 +521,8 @@ def launch_other_effects(
         **scoring_arguments(scoring, sizes),
         "PRECISION": dot_precision(q.dtype),
     }
-    choices = shared_out(candidates(CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
-    heads = sizes.batch * sizes.kv_heads
-
-    def programs(b: Blocks) -> int:
-        return cdiv(sizes.keys, b.block_n) * heads * cdiv(cotangents, b.chunk)
-
-    run(_key_patch_effects_kernel, programs, arguments, (blocks,) if blocks else choices, q)
-    return effect
+    run(_key_patch_effects_kernel, programs, arguments, choices, q, parts)
+    return effect[0] if parts == 1 else effect.sum(0)
 
 
 def launch_key_patch_effects(
@@ -507,6 +538,9 @@ def launch_key_patch_effects(
 ) -> Tensor:
     """Signed effects, (C, batch, keys, kv_heads) float32; stats from launch_attention of q, k, v."""
     top_vectors = launch_top_vectors(q, k, v, k_corrupted, stats, scoring)
-    mean, top_part = launch_row_dots(grad_z, stats.z, top_vectors)
-    others = launch_other_effects(q, k, v, k_corrupted, grad_z, stats, mean, scoring, blocks=blocks)
+    mean, top_part, binary = launch_row_dots(
+        grad_z, stats.z, top_vectors, logsumexp=stats.logsumexp
+    )
+    rows = (grad_z, stats.top_key, binary, mean, scoring)
+    others = launch_other_effects(q, k, v, k_corrupted, *rows, blocks=blocks)
     return others + launch_top_effects(top_part, stats.top_key, sizes_of(q, k, v), scoring)

@@ -118,16 +118,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "bf16x6" if dtype == torch.float32 else "tf32"
 
 
-def never_negative_infinity(logsumexp: Tensor, scoring: Scoring) -> Tensor:
-    """+inf for rows without an admissible key: exp(s - logsumexp) is then 0 without a test in the tiles.
-
-    Only a mask leaves rows without: a query's own key is neither later nor outside a window.
-    """
-    if scoring.key_mask is None:
-        return logsumexp
-    return logsumexp.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
-
-
 def strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     """x's strides as kernel arguments: strides("q", q, "bhmd") names them stride_qb to stride_qd."""
     return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate(axes)}
@@ -189,19 +179,42 @@ def shared_out(choices: tuple[Blocks, ...], cotangents: int) -> tuple[Blocks, ..
     return tuple(dict.fromkeys(even))
 
 
-def _meta(blocks: Blocks) -> dict[str, int]:
-    return {
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """How many programs a device runs at once, at the least; the interpreter runs one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def group_parts(programs: int, sizes: Sizes, on: Tensor) -> int:
+    """Into how many parts the query heads of a group go, so that a kernel of `programs` occupies the device of `on`.
+
+    The least that do, or as many as there are heads. Every part is summed by a program of its own, and the parts in their order.
+    """
+    group = sizes.heads // sizes.kv_heads
+    wanted = _processors(on.device)
+    even = (parts for parts in range(1, group + 1) if group % parts == 0)
+    return next((parts for parts in even if programs * parts >= wanted), group)
+
+
+@functools.cache
+def _meta(kernel: Any, blocks: Blocks) -> dict[str, int]:
+    meta = {
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "CHUNK": blocks.chunk,
         "WIDTH": blocks.width,
+        "STAGES": blocks.num_stages,
     }
+    return {name: x for name, x in meta.items() if name in kernel.arg_names}
 
 
 @functools.cache
 def _tuned(kernel: Any, choices: tuple[Blocks, ...]) -> Any:
     configs = [
-        triton.Config(_meta(b), num_warps=b.num_warps, num_stages=b.num_stages) for b in choices
+        triton.Config(_meta(kernel, b), num_warps=b.num_warps, num_stages=b.num_stages)
+        for b in choices
     ]
     return triton.autotune(configs=configs, key=["HEAD_DIM", "V_DIM"])(kernel)
 
@@ -216,19 +229,21 @@ def run(
     arguments: dict[str, Any],
     choices: tuple[Blocks, ...],
     on: Tensor,
+    parts: int = 1,
 ) -> None:
-    """Start kernel on the device of `on` with one of the choices; programs gives their grid's size."""
+    """Start kernel on the device of `on` with one of the choices; programs gives their grid's size, of which there are `parts`."""
     # a default that Triton's versions and environment change
     arguments = {**arguments, "enable_fp_fusion": True}
     with torch.cuda.device_of(on):
         if on.is_cuda and len(choices) > 1:
             tuned = _tuned(kernel, choices)
 
-            def grid(meta: dict[str, int]) -> tuple[int]:
-                return (programs(Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)),)
+            def grid(meta: dict[str, int]) -> tuple[int, int]:
+                blocks = Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)
+                return programs(blocks), parts
 
             _start(tuned, grid, arguments)
             return
         blocks = choices[0]
         launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-        _start(kernel, (programs(blocks),), {**arguments, **_meta(blocks), **launch})
+        _start(kernel, (programs(blocks), parts), {**arguments, **_meta(kernel, blocks), **launch})

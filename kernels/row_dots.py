@@ -2,7 +2,8 @@
 
 With x = z it is the mean D that the softmax's gradient subtracts, with z' - z the effect of patching the query,
 with the u of key_patch_effects.py the part of the row's largest key in that key's effect. grad_z: (C, batch, heads, queries, v_dim), any strides; up to three x,
-(batch, heads, queries, v_dim) float32 contiguous; results (C, batch, heads, queries) float32.
+(batch, heads, queries, v_dim) float32 contiguous; results (C, batch, heads, queries) float32. On the way the rows' logsumexps
+become what the tiles take them as: to the base 2, and +inf for a row without an admissible key, whose weights are then 0 without a test.
 
 One program owns BLOCK_M rows of one head, keeps their x in registers and streams every cotangent past them:
 grad_z is read once, x once. Bytes per grad_z element: its size, plus 4 per x and cotangent count.
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atp_fast.kernels.launch import Blocks, candidates, cdiv, padded, run, strides
-from atp_fast.kernels.tiles import load_rows
+from atp_fast.kernels.tiles import LOG2_E, load_rows
 
 
 @triton.jit(do_not_specialize=["queries", "cotangents"])
@@ -30,6 +31,8 @@ def _row_dots_kernel(
     out0_ptr,
     out1_ptr,
     out2_ptr,
+    logsumexp_ptr,
+    binary_ptr,
     stride_gc,
     stride_gb,
     stride_gh,
@@ -61,6 +64,10 @@ def _row_dots_kernel(
         x1 = load_rows(x1_ptr + row * V_DIM, offs_m, queries, V_DIM, 1, V_DIM, BLOCK_V)
     if x2_ptr is not None:
         x2 = load_rows(x2_ptr + row * V_DIM, offs_m, queries, V_DIM, 1, V_DIM, BLOCK_V)
+    if logsumexp_ptr is not None:
+        lse = tl.load(logsumexp_ptr + row + offs_m, mask=inside, other=0.0)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        tl.store(binary_ptr + row + offs_m, lse, mask=inside)
     for _ in range(0, cotangents):
         g = load_rows(grad_ptr, offs_m, queries, stride_gm, stride_gd, V_DIM, BLOCK_V)
         g = g.to(tl.float32)
@@ -81,21 +88,27 @@ CONFIGS = {
 
 
 def launch_row_dots(
-    grad_z: Tensor, *vectors: Tensor, blocks: Blocks | None = None
+    grad_z: Tensor,
+    *vectors: Tensor,
+    logsumexp: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, ...]:
-    """One (C, batch, heads, queries) tensor per vector; one to three vectors."""
+    """One (C, batch, heads, queries) tensor per vector, one to three; behind them logsumexp as the tiles take it, if given."""
     cotangents, batch, heads, queries, v_dim = grad_z.shape
     out = tuple(
         torch.empty(grad_z.shape[:-1], dtype=torch.float32, device=grad_z.device) for _ in vectors
     )
+    binary = () if logsumexp is None else (torch.empty_like(logsumexp),)
     if out[0].numel() == 0:
-        return out
+        return *out, *binary
     absent = (None,) * (3 - len(vectors))
     wide = (*(x.to(torch.float32).contiguous() for x in vectors), *absent)
     arguments: dict[str, Any] = {
         "grad_ptr": grad_z,
         **{f"x{i}_ptr": x for i, x in enumerate(wide)},
         **{f"out{i}_ptr": x for i, x in enumerate((*out, *absent))},
+        "logsumexp_ptr": logsumexp,
+        "binary_ptr": binary[0] if binary else None,
         **strides("g", grad_z, "cbhmd"),
         "heads": heads,
         "queries": queries,
@@ -113,4 +126,4 @@ def launch_row_dots(
         choices,
         grad_z,
     )
-    return out
+    return *out, *binary

@@ -1,11 +1,14 @@
 """Pieces of the tile kernels: loads, visibility, logits, the exact weights of the key fix.
 
-Every tile is float32 once it is a logit. Functions that may not cancel: expm1 and tanh by polynomials near 0,
-differences of sigmoids by expm1 of a fall.
+Every tile is float32 once it is a logit. In the loops logits and logsumexps are to the base 2: the scale takes log2(e) in, and
+a weight is one fused multiply-add and the hardware's power of two. Functions that may not cancel: expm1 and tanh by polynomials
+near 0, differences of sigmoids by expm1 of a fall.
 """
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -109,6 +112,54 @@ def keys_in_reach(
 
 
 @triton.jit
+def keys_seen_whole(
+    start_m,
+    low,
+    high,
+    queries,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[whole, rest) of keys_in_reach's [low, high): the tiles that every query from start_m on sees all keys of."""
+    position = start_m + (keys - queries)
+    whole = low
+    rest = keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        rest = tl.minimum(rest, (position + 1) // BLOCK_N * BLOCK_N)
+    if window is not None:
+        whole = tl.maximum(
+            tl.cdiv(tl.maximum(position + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, low
+        )
+    if HAS_MASK:
+        whole = high
+    return whole, rest
+
+
+@triton.jit
+def sees_whole(
+    start_m,
+    start_n,
+    shift,
+    window,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether every query of a tile sees all of its keys; queries and keys beyond the end count."""
+    distance = start_m + shift - start_n
+    whole = distance == distance
+    if CAUSAL:
+        whole = distance >= BLOCK_N - 1
+    if window is not None:
+        whole = whole & (distance + BLOCK_M - 1 < window)
+    return whole
+
+
+@triton.jit
 def visible(distance, window, CAUSAL: tl.constexpr):
     """Which keys lie in reach, given query position minus key position."""
     if window is not None:
@@ -120,6 +171,18 @@ def visible(distance, window, CAUSAL: tl.constexpr):
     else:
         seen = distance == distance
     return seen
+
+
+@triton.jit
+def hide(s, positions, mask_ptr, start_n, cols, stride_mn, keys, window, CAUSAL: tl.constexpr):
+    """s, [queries, keys], with -inf where the key is not admissible to the query."""
+    left = keys - start_n
+    seen = visible(positions[:, None] - (start_n + cols)[None, :], window, CAUSAL)
+    seen &= (cols < left)[None, :]
+    if mask_ptr is not None:
+        masks = mask_ptr + (start_n + cols).to(tl.int64) * stride_mn
+        seen &= (tl.load(masks, mask=cols < left, other=0) != 0)[None, :]
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
@@ -138,20 +201,19 @@ def weigh(weights, x, acc, PRECISION: tl.constexpr):
 @triton.jit
 def exp(x):
     """exp by the hardware's power of two, two instructions; results below 2**-126 become 0."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def small_expm1(x):
-    """exp(x) - 1 for |x| < 1/2, relative error below 2**-24 before rounding."""
-    y = 1.0 / 40320.0
-    y = y * x + 1.0 / 5040.0
-    y = y * x + 1.0 / 720.0
-    y = y * x + 1.0 / 120.0
-    y = y * x + 1.0 / 24.0
-    y = y * x + 1.0 / 6.0
-    y = y * x + 0.5
-    return (y * x + 1.0) * x
+def binary_expm1(x):
+    """2**x - 1 for |x| <= 0.722, relative error below 2**-24 before rounding: the polynomial that comes nearest."""
+    y = 1.5345848e-05
+    y = y * x + 0.00015524508
+    y = y * x + 0.0013333316
+    y = y * x + 0.009617814
+    y = y * x + 0.05550411
+    y = y * x + 0.24022652
+    return (y * x + 0.6931472) * x
 
 
 @triton.jit
@@ -184,10 +246,18 @@ def logits(raw, scale, softcap):
 
 
 @triton.jit
+def binary_logits(raw, scale, softcap):
+    """Logits to the base 2."""
+    if softcap is None:
+        return raw * (scale * LOG2_E)
+    return logits(raw, scale, softcap) * LOG2_E
+
+
+@triton.jit
 def soften(ds, s, softcap):
-    """A gradient by the logits s as one by scale * q . k: times the derivative of the softcap."""
+    """A gradient by the logits s, to the base 2, as one by scale * q . k: times the derivative of the softcap."""
     if softcap is not None:
-        squashed = s / softcap
+        squashed = s / (softcap * LOG2_E)
         ds = ds * (1.0 - squashed * squashed)
     return ds
 
@@ -197,7 +267,7 @@ def sigmoid_difference(x, change):
     """sigmoid(x + change) - sigmoid(x) without cancellation, x up to infinity (reference.py has the forms)."""
     y = x + change
     size = tl.abs(change)
-    fall = tl.where(size < 0.5, -small_expm1(-tl.minimum(size, 0.5)), 1.0 - exp(-size))
+    fall = tl.where(size < 0.5, -binary_expm1(-LOG2_E * tl.minimum(size, 0.5)), 1.0 - exp(-size))
     return tl.where(change > 0, sigmoid(y) * sigmoid(-x) * fall, -sigmoid(x) * sigmoid(-y) * fall)
 
 
@@ -212,12 +282,24 @@ def logit_change(raw_patched, raw, scale, softcap):
 
 
 @triton.jit
-def key_weights(p, x, change):
-    """(a' - a)/(1 - a) for keys that are not their row's largest, a = p = exp(x) <= 1/2, x = s - logsumexp.
+def binary_change(raw_patched, raw, scale, softcap):
+    """logit_change to the base 2."""
+    if softcap is not None:
+        change = logit_change(raw_patched, raw, scale, softcap) * LOG2_E
+    else:
+        change = (raw_patched - raw) * (scale * LOG2_E)
+    return change
 
-    change is s' - s. With E = exp(x + change) it is (E - a)/(1 - a + E); E - a = a expm1(change) where the two are
-    close. Above exp(80) the ratio is 1 in float32, so E is held there. x = -inf, an unseen key, gives 0.
+
+@triton.jit
+def key_weights(p, x, change):
+    """(a' - a)/(1 - a) for keys that are not their row's largest, a = p = 2**x <= 1/2.
+
+    x and change, the patched logit minus the clean one, are to the base 2. With r = a (2**change - 1) it is r/(1 + r); where the
+    two are not close r is the difference of powers. Above 2**115 the ratio is 1 in float32, so the power is held there.
+    x = -inf, an unseen key, gives 0.
     """
-    e = exp(tl.minimum(x + change, 80.0))
-    rise = tl.where(tl.abs(change) < 0.5, p * small_expm1(change), e - p)
-    return rise / (1.0 - p + e)
+    far = tl.exp2(tl.minimum(x + change, 115.0)) - p
+    rise = tl.where(tl.abs(change) < 0.722, p * binary_expm1(change), far)
+    root = tl.rsqrt(1.0 + rise)
+    return rise * root * root

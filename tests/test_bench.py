@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCH))
 from cases import layer_operations, operations, random_pairs  # noqa: E402
 from measure import Timing, interleaved, product_paths, write_ratios  # noqa: E402
 from random_models import NEOX_TINY, build_random, random_prompts  # noqa: E402
-from roofline import tile_pairs  # noqa: E402
+from roofline import tile_pairs, whole_pairs  # noqa: E402
 from rows import RowFile, quantiles, shape_of  # noqa: E402
 
 COLUMNS = {"op": "attribute", "provider": "atp_fast auto", "mode": "atp*", "dtype": "float32"}
@@ -117,3 +117,6 @@ def test_the_roofline_counts_the_tiles_of_a_causal_square(keys, queries_at_once,
     }
     assert tile_pairs(keys, queries_at_once, keys_at_once, "query") == len(tiles)
     assert tile_pairs(keys, keys_at_once, queries_at_once, "key") == len(tiles)
+    whole = [(m, n) for m, n in tiles if m * queries_at_once >= (n + 1) * keys_at_once - 1]
+    assert whole_pairs(keys, queries_at_once, keys_at_once, "query") == len(whole)
+    assert whole_pairs(keys, keys_at_once, queries_at_once, "key") == len(whole)

@@ -111,7 +111,7 @@ def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyP
     assert arguments == {"enable_fp_fusion": True}
     assert [config.kwargs["BLOCK_M"] for config in tuned.configs] == [64, 128]
     assert [config.num_warps for config in tuned.configs] == [4, 8]
-    assert grid(tuned.configs[1].kwargs) == (8,)
+    assert grid(tuned.configs[1].kwargs) == (8, 1)
     assert launch._tuned(kernel, choices) is tuned
 
 
@@ -134,6 +134,31 @@ def test_one_cotangent_starts_programs_of_one(monkeypatch: pytest.MonkeyPatch) -
     ):
         start(x.q, x.k, x.v, one, x.stats.logsumexp, x.mean[:1], x.scoring)
     compiled.key_patch_effects.launch_other_effects(
-        x.q, x.k, x.v, x.k, one, x.stats, x.mean[:1], x.scoring
+        *(x.q, x.k, x.v, x.k, one, x.stats.top_key, x.stats.logsumexp, x.mean[:1], x.scoring)
     )
     assert chunks == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("programs", "heads", "parts"),
+    [(64, 32, 4), (132, 32, 1), (131, 32, 2), (1, 32, 4), (40, 24, 3), (64, 8, 1)],
+)
+def test_a_group_is_split_where_programs_are_few(
+    programs: int, heads: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    sizes = launch.Sizes(1, heads, 8, 512, 512, 64, 64)
+    assert launch.group_parts(programs, sizes, torch.empty(0)) == parts
+
+
+def test_parts_of_a_group_are_programs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    monkeypatch.setattr(launch, "_start", lambda kernel, grid, given: grids.append(grid))
+    monkeypatch.setattr(launch, "_processors", lambda device: 10**6)
+    x = compiled.tensors(torch.bfloat16, 64, 256)
+    blocks = launch.Blocks(64, 64, 2, 4, 2)
+    rows = (x.grad_z, x.stats.logsumexp, x.mean, x.scoring)
+    compiled.attention_vjp.launch_key_gradients(x.q, x.k, x.v, *rows, blocks=blocks)
+    compiled._other_effects(x, blocks)
+    programs = 256 // 64 * compiled.BATCH * compiled.KV_HEADS * compiled.COTANGENTS // 2
+    assert grids == [(programs, compiled.HEADS // compiled.KV_HEADS)] * 2

@@ -22,7 +22,12 @@ import op_cases
 from atp_fast import ops
 from atp_fast.kernels.attention import launch_attention
 from atp_fast.kernels.attention_vjp import launch_key_gradients, launch_query_gradients
-from atp_fast.kernels.key_patch_effects import launch_other_effects, launch_top_effects
+from atp_fast.kernels.attention_z import launch_attention_z
+from atp_fast.kernels.key_patch_effects import (
+    launch_key_patch_effects,
+    launch_other_effects,
+    launch_top_effects,
+)
 from atp_fast.kernels.launch import Blocks, Scoring, sizes_of
 from atp_fast.kernels.row_dots import launch_row_dots
 from atp_fast.ops import reference, triton
@@ -151,8 +156,10 @@ if triton.INTERPRETED or torch.cuda.is_available():
         exact = x.to(torch.float64)
         truth = op_cases.run("attention_vjp_effects", exact, "reference")
         stats = launch_attention(x.q, x.k, x.v, scoring, blocks=blocks)
-        (mean,) = launch_row_dots(x.grad_z, stats.z, blocks=Blocks(8, 1, 1, 4, 1))
-        rows = (x.grad_z, stats.logsumexp, mean, scoring)
+        mean, logsumexp = launch_row_dots(
+            x.grad_z, stats.z, logsumexp=stats.logsumexp, blocks=Blocks(8, 1, 1, 4, 1)
+        )
+        rows = (x.grad_z, logsumexp, mean, scoring)
         grad_k, grad_v = launch_key_gradients(x.q, x.k, x.v, *rows, blocks=blocks)
         got = {
             "grad_q": launch_query_gradients(x.q, x.k, x.v, *rows, blocks=blocks),
@@ -164,12 +171,69 @@ if triton.INTERPRETED or torch.cuda.is_available():
         default = launch_attention(x.q, x.k, x.v, scoring)
         others = (
             launch_other_effects(
-                x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats, mean, scoring, blocks=choice
+                *(x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats.top_key, logsumexp, mean, scoring),
+                blocks=choice,
             )
             for choice in (blocks, None)
         )
         torch.testing.assert_close(*others, rtol=1e-5, atol=1e-5)
         assert torch.equal(stats.top_key, default.top_key)
+
+    @pytest.mark.parametrize(
+        ("before", "window"),
+        [
+            *((before, None) for before in (14, 15, 16)),
+            *((0, window) for window in (15, 16, 17)),
+            *((15, window) for window in (30, 31, 32)),
+        ],
+    )
+    def test_tiles_at_the_edges(before: int, window: int | None) -> None:
+        """Tiles of 16 that end at, before and behind the diagonal and the window's edge, or are whole."""
+        case = op_cases.Case("edges", queries=40, keys=40 + before, window=window, cotangents=1)
+        x = op_cases.make_inputs(case, torch.float32, DEVICE)
+        scoring, blocks = Scoring(*x.scoring), Blocks(16, 16, 1, 4, 1)
+        truth = op_cases.run("attention_vjp_effects", x.to(torch.float64), "reference")
+        truth |= op_cases.run("attention_alone", x.to(torch.float64), "reference")
+        stats = launch_attention(x.q, x.k, x.v, scoring, blocks=blocks)
+        mean, lse = launch_row_dots(x.grad_z, stats.z, logsumexp=stats.logsumexp)
+        rows = (x.grad_z, lse, mean, scoring)
+        grads = launch_key_gradients(x.q, x.k, x.v, *rows, blocks=blocks)
+        grad_q = launch_query_gradients(x.q, x.k, x.v, *rows, blocks=blocks)
+        effect_k = launch_key_patch_effects(
+            *(x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats, scoring), blocks=blocks
+        )
+        z, logsumexp = launch_attention_z(x.q, x.k, x.v, scoring, blocks=blocks)
+        got = {"grad_q": grad_q, "grad_k": grads[0], "grad_v": grads[1], "effect_k": effect_k}
+        got |= {"z": z, "stats.z": stats.z, "stats.logsumexp": logsumexp}
+        for name, y in got.items():
+            torch.testing.assert_close(y.double(), truth[name], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(("name", "parts"), [("gqa", 3), ("mqa", 5)])
+    def test_parts_of_a_group_sum_to_it(name: str, parts: int) -> None:
+        x = inputs(name)
+        scoring = Scoring(*x.scoring)
+        stats = launch_attention(x.q, x.k, x.v, scoring)
+        mean, logsumexp = launch_row_dots(x.grad_z, stats.z, logsumexp=stats.logsumexp)
+        found = []
+        for n in (1, parts):
+            grads = launch_key_gradients(x.q, x.k, x.v, x.grad_z, logsumexp, mean, scoring, parts=n)
+            effects = launch_other_effects(
+                *(x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats.top_key, logsumexp, mean, scoring),
+                parts=n,
+            )
+            found.append((*grads, effects))
+        for whole, split in zip(*found, strict=True):
+            assert split.dtype == whole.dtype
+            torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
+
+    def test_logsumexps_to_the_base_2() -> None:
+        given = torch.tensor([[[-torch.inf, 0.0, 3.0]]], device=DEVICE)
+        g = torch.ones(2, 1, 1, 3, 4, device=DEVICE)
+        mean, got = launch_row_dots(g, g[0], logsumexp=given)
+        assert (mean == 4).all()
+        torch.testing.assert_close(
+            got, torch.tensor([[[torch.inf, 0.0, 3 * 1.4426950408889634]]], device=DEVICE)
+        )
 
     def test_top_parts_are_summed_by_key() -> None:
         x = inputs("gqa")
