@@ -307,7 +307,7 @@ _FLOAT32 = {
     ),
     256: (
         Blocks(64, 16, 1, 8, 1, width=16, majors=(9,)),
-        Blocks(32, 16, 1, 4, 2, width=16, majors=(10,)),
+        Blocks(32, 16, 1, 8, 2, width=16, majors=(10,)),
         Blocks(32, 16, 1, 4, 1, width=16, majors=(8,)),
     ),
 }

@@ -8,7 +8,7 @@ Gradients and key effects are summed by two kernels, not one, although both need
 2 BLOCK_N head_dim floats per cotangent for the gradients, BLOCK_N for the effects. A joint kernel can hold one or
 two cotangents before it spills and so recomputes w, some forty instructions per element, C / 2 times; apart, the
 effects share w among up to 12 cotangents and pay one more product each. Nor is it v . (w^T g) - w^T D in bfloat16: that
-saves the tile of dP, but a thread holds the accumulators of four cotangents (bench/README.md has the counts).
+saves the tile of dP, but the accumulators of four cotangents fill the registers (bench/README.md has the counts).
 """
 
 from __future__ import annotations
