@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from atp_fast.attribution.streaming import StreamPlan, plan_stream, stream_sweep
 from atp_fast.attribution.sweep import sweep, sweep_size
 from atp_fast.attribution.tape import check_walk
 from atp_fast.estimates import Estimate, SweepCall, patch_estimate, sweep_estimate
-from atp_fast.hf import Plug, recording
+from atp_fast.hf import Dictionary, Plug, read_dictionary, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
 from atp_fast.nodes import Node, NodeSpace, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
@@ -88,7 +88,7 @@ class Engine:
         """Score every node of the given kinds on prompt pairs (AtP*, arXiv 2403.00745).
 
         metric: "nll", "logit_diff", "prob_diff", "kl", or a callable (see metrics.resolve);
-        method: "atp", "atp+qk", "atp+graddrop" or "atp*"; nodes: any of nodes.KINDS;
+        method: "atp", "atp+qk", "atp+graddrop" or "atp*"; nodes: any of nodes.KINDS, and kinds of dictionaries;
         direction: "noising" runs the clean prompt and patches corrupted values in, "denoising" the reverse;
         per_pair: also keep every pair's own numbers; progress: a progress bar, by default on a terminal only.
         Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width),
@@ -156,7 +156,7 @@ class Engine:
             model=self.model_name,
             clean_value=clean_value,
             corrupted_value=corrupted_value,
-            metadata=self._metadata(pairs, seconds),
+            metadata=self._metadata(pairs, seconds, space.kinds),
         )
 
     @recording
@@ -169,7 +169,9 @@ class Engine:
     ) -> Estimate:
         """What `patch` would take with the same arguments, as `estimate` says it."""
         listed = list(nodes)
-        patching = self.patching(pairs, self._checked_kinds(pairs, listed), metric, direction)
+        kinds = self._checked_kinds(pairs, listed)
+        self._check_estimated(kinds)
+        patching = self.patching(pairs, kinds, metric, direction)
         return patch_estimate(self.plug, patching, listed, self._budget())
 
     @recording
@@ -187,6 +189,7 @@ class Engine:
         Nothing but a layer of each kind is run, on the first batch of pairs.
         """
         chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
+        self._check_estimated(space.kinds)
         dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
         budget = self._budget()
         plan = self._plan(run_pairs, measure, chosen, space, budget)
@@ -246,7 +249,7 @@ class Engine:
         exclude: the verified nodes, such as `patch(...).nodes`; nodes: the kinds the bound is about. Nodes before the
         first differing token have effect 0 and are left out.
         """
-        space = self.plug.space(pairs.width, check_kinds(nodes))
+        space = self.plug.space(pairs.width, check_kinds(nodes, self.plug.kinds))
         candidates = [space.node(int(flat)) for flat in moving_ids(space, pairs)]
         known = set(candidates)
         return bound_missed(
@@ -267,7 +270,7 @@ class Engine:
         direction: Direction = Question.direction,
     ) -> NodePatcher:
         """Candidate nodes on these pairs, whose sets the baselines and the bound patch (see `patching.subsets.Patcher`)."""
-        return NodePatcher(self.patching(pairs, _kinds_of(nodes), metric, direction), nodes)
+        return NodePatcher(self.patching(pairs, self._kinds_of(nodes), metric, direction), nodes)
 
     @recording
     def patching(
@@ -280,7 +283,8 @@ class Engine:
         """The pairs' two runs, kept for many calls of `Patching.effects`."""
         run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
-        kinds = check_kinds(kinds) if kinds else ()  # empty subsets alone have none
+        # empty subsets alone have none
+        kinds = check_kinds(kinds, self.plug.kinds) if kinds else ()
         self.plug.space(1, kinds)
         budget = self._budget()
         budget = budget._replace(bytes=max(1, budget.bytes - self._held()))
@@ -331,14 +335,67 @@ class Engine:
             subsets=sets,
             valid=None if bool(measured.all()) else measured,
             tokens=directed(pairs, direction).column_tokens(),
-            metadata=self._metadata(pairs, time.perf_counter() - began),
+            metadata=self._metadata(pairs, time.perf_counter() - began, kinds),
         )
+
+    # ---- dictionaries
+
+    @property
+    def dictionaries(self) -> tuple[Dictionary, ...]:
+        """Those that were added, by layer."""
+        return tuple(self.plug.dictionaries)
+
+    @recording
+    def add_dictionary(
+        self,
+        layer: int,
+        site: str,
+        encode: Callable[[Tensor], Tensor] | Any,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        *,
+        name: str | None = None,
+    ) -> tuple[str, str]:
+        """Make a sparse autoencoder's features and its error term nodes: x = decode(f) + error, f = encode(x).
+
+        site: where x stands, "resid_pre", "resid_post", "attn_out", "mlp_out", "neuron" or "z" (heads side by side);
+        encode: values (rows, width) -> features (rows, features), each row by itself; decode: features -> values,
+        differentiable; or encode: an object with both, such as one of sae-lens, and no decode;
+        name: the site when None. Dictionaries of several layers may share it if they have as many features.
+        Returns the kinds of its nodes, "NAME.features" and "NAME.error", for `attribute(nodes=...)` and Node. They stay with
+        this engine; the model is left as it is.
+        Raises TypeError, ValueError or NotImplementedError naming the argument: an unknown site or layer, one that the model
+        does not have, values of another shape, device or NaN, features that depend on other rows (BatchTopK), values
+        without a gradient, a transcoder, an object that was made for another place, a name that is taken.
+        """
+        given = read_dictionary(layer, site, encode, decode, name, self.plug.inspection.v_dim)
+        return self.plug.add_dictionary(given).kinds
+
+    def remove_dictionary(self, name: str) -> None:
+        """Forget the dictionaries of a name, in all layers. Raises ValueError if there is none."""
+        names = [d.name for d in self.plug.dictionaries]
+        if name not in names:
+            raise ValueError(
+                f"name must be among {', '.join(dict.fromkeys(names)) or 'none'}, got {name!r}"
+            )
+        self.plug.dictionaries = [d for d in self.plug.dictionaries if d.name != name]
 
     # ---- plans and checks
 
+    def _check_estimated(self, kinds: Sequence[str]) -> None:
+        if asked := self.plug.asked(kinds):
+            raise NotImplementedError(
+                f"nodes of dictionaries have no estimate, got {asked[0].kinds[0]!r}: measure a few pairs"
+            )
+
+    def _kinds_of(self, nodes: Sequence[Node]) -> tuple[str, ...]:
+        for node in nodes:
+            if not isinstance(node, Node):
+                raise TypeError(f"nodes must be Node(kind, layer, position, index), got {node!r}")
+        return check_kinds({node.kind for node in nodes}, self.plug.kinds) if nodes else ()
+
     def _checked_kinds(self, pairs: PromptPairs, nodes: Sequence[Node]) -> tuple[str, ...]:
         """The kinds of nodes that can be patched on these pairs; raises ValueError where one cannot."""
-        kinds = _kinds_of(nodes)
+        kinds = self._kinds_of(nodes)
         space = self.plug.space(pairs.width, kinds)
         for node in nodes:
             space.check(node)
@@ -357,7 +414,7 @@ class Engine:
         run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
         measure = resolve(metric, run_pairs)
-        space = self.plug.space(pairs.width, check_kinds(nodes))
+        space = self.plug.space(pairs.width, check_kinds(nodes, self.plug.kinds))
         if chosen.graddrop and "graddrop" in self.plug.inspection.refused:
             reason = self.plug.inspection.refused["graddrop"]
             raise NotImplementedError(
@@ -409,10 +466,14 @@ class Engine:
     def model_name(self) -> str:
         return getattr(self.model.config, "name_or_path", "") or self.plug.name
 
-    def _metadata(self, pairs: PromptPairs, seconds: float) -> dict[str, str]:
+    def _metadata(self, pairs: PromptPairs, seconds: float, kinds: Sequence[str]) -> dict[str, str]:
         some = {} if pairs.spans is None else {"axis": "span"}
         if self.plug.shares.group is not None:
             some["tensor_parallel"] = str(self.plug.shares.group.size)
+        if asked := self.plug.asked(kinds):
+            some["dictionaries"] = "; ".join(
+                f"{d.name}: {d.features} features at {d.site} of layer {d.layer}" for d in asked
+            )
         return some | {
             "atp_fast": __version__,
             "torch": torch.__version__,
@@ -428,8 +489,13 @@ class Engine:
 
 
 def _warn_of_nothing(scores: Scores, pairs: PromptPairs, metric: Metric) -> None:
-    """Prompts that differ have values that differ; in a model of several layers some of every kind have an effect."""
-    none = [kind for kind, score in scores.score.items() if not bool(score.any())]
+    """Prompts that differ have values that differ; in a model of several layers some of every kind have an effect, but for
+    features, which may be inactive, and error terms."""
+    none = [
+        kind
+        for kind, score in scores.score.items()
+        if kind not in scores.space.only and not bool(score.any())
+    ]
     if none and scores.space.layers > 1 and bool((pairs.split < pairs.lengths).any()):
         warnings.warn(
             f"every effect of {', '.join(none)} is 0, although the prompts differ: metric {metric.name!r} does not depend on "
@@ -446,13 +512,6 @@ def _facts(pairs: PromptPairs, metric: Metric) -> dict[str, object]:
 
 def _listed(index: Tensor | None) -> list[int] | None:
     return None if index is None else index.tolist()
-
-
-def _kinds_of(nodes: Sequence[Node]) -> tuple[str, ...]:
-    for node in nodes:
-        if not isinstance(node, Node):
-            raise TypeError(f"nodes must be Node(kind, layer, position, index), got {node!r}")
-    return check_kinds({node.kind for node in nodes}) if nodes else ()
 
 
 def _check_pair_index(pair_index: Tensor, subsets: int, pairs: int) -> None:

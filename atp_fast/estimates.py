@@ -251,7 +251,7 @@ def patch_estimate(
     plug: Plug, patching: Patching, nodes: Sequence[Node], budget: Budget
 ) -> Estimate:
     """Of patching each of these nodes alone on every pair, as `patching` has it."""
-    table, metric = NodeTable.of(nodes), patching.metric
+    table, metric = NodeTable.of(plug, nodes), patching.metric
     logits = patching.pairs.clean_ids.shape[1] if metric.positions == "all" else 1
     forward, layers = measured_layers(plug).forward, len(plug.layers)
     work = kept = positions_run = rows_run = 0

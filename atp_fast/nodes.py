@@ -14,13 +14,25 @@ ATTENTION_KINDS = ("q", "k", "v", "z")
 COARSE_KINDS = ("attn_out", "mlp_out", "resid_pre")
 NODE_KINDS = (*ATTENTION_KINDS, "neuron")
 """The kinds that are scored unless others are asked for."""
+FEATURES, ERROR = ".features", ".error"
+"""Ends of the two kinds of a dictionary (see Engine.add_dictionary), whose name stands before."""
+
+
+def is_scalar(kind: str) -> bool:
+    """Whether a node of the kind is one number of a vector at its position: a neuron, or a dictionary's feature."""
+    return kind == "neuron" or kind.endswith(FEATURES)
+
+
+def is_whole(kind: str) -> bool:
+    """Whether a layer has one node of the kind at each position: a write, a layer's input, or an error term."""
+    return kind in COARSE_KINDS or kind.endswith(ERROR)
 
 
 class Node(NamedTuple):
     """A component at one token position.
 
-    kind: one of KINDS; layer and position count from 0; index is the head (q, z: query heads;
-    k, v: key/value heads) or the neuron, and 0 for the coarse kinds.
+    kind: one of KINDS, or one of a dictionary's two; layer and position count from 0; index is the head (q, z: query
+    heads; k, v: key/value heads), the neuron or the feature, and 0 for the coarse kinds and error terms.
     """
 
     kind: str
@@ -34,18 +46,19 @@ class NodeSpace:
     """All nodes of a model on prompts of one length, numbered kind by kind.
 
     widths maps each kind, in order, to the nodes it has per layer and position: heads,
-    key/value heads, neurons, or 1; counts: the same layer by layer, for kinds whose layers differ (0: a layer without
-    them), the largest of which is the width. Tables have room for the width in every layer, zeros where a layer has
-    fewer. Flat numbers run over (kind, layer, position, index) of the nodes that there are.
+    key/value heads, neurons, features, or 1; counts: the same layer by layer, for kinds whose layers differ (0: a layer
+    without them), the largest of which is the width. Tables have room for the width in every layer, zeros where a layer
+    has fewer. only: the kinds of dictionaries -> the layers that have one, ascending; their tables have no others. Flat numbers run over (kind, layer, position, index) of the nodes that there are.
     """
 
     layers: int
     positions: int
     widths: Mapping[str, int]
     counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    only: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.widths if kind not in KINDS]
+        unknown = [kind for kind in self.widths if kind not in KINDS and kind not in self.only]
         if unknown:
             raise ValueError(f"nodes must be among {', '.join(KINDS)}, got {unknown[0]!r}")
         for kind, counts in self.counts.items():
@@ -56,9 +69,22 @@ class NodeSpace:
                 )
 
     def in_layers(self, kind: str) -> Sequence[int]:
-        """Nodes per position of one kind, for each layer."""
+        """Nodes per position of one kind, for each of its layers."""
         layers, _, width = self.shape(kind)
         return self.counts.get(kind, (width,) * layers)
+
+    def layers_of(self, kind: str) -> Sequence[int]:
+        """The layers that the tables of a kind have, in the order of their rows."""
+        return self.only.get(kind, range(self.layers))
+
+    def row(self, kind: str, layer: int) -> int:
+        """The row of a layer in the tables of a kind."""
+        return self.layers_of(kind).index(layer)
+
+    @functools.cached_property
+    def _rows(self) -> list[tuple[str, int]]:
+        """Each kind's layers, one after the other."""
+        return [(kind, layer) for kind in self.widths for layer in self.layers_of(kind)]
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -71,10 +97,10 @@ class NodeSpace:
         return tuple(self.widths)
 
     def shape(self, kind: str) -> tuple[int, int, int]:
-        """(layers, positions, nodes per position) of one kind."""
+        """(layers that it has, positions, nodes per position) of one kind."""
         if kind not in self.widths:
             raise ValueError(f"kind must be among {', '.join(self.widths)}, got {kind!r}")
-        return self.layers, self.positions, self.widths[kind]
+        return len(self.layers_of(kind)), self.positions, self.widths[kind]
 
     def size(self, kind: str) -> int:
         return self.positions * sum(self.in_layers(kind))
@@ -85,13 +111,14 @@ class NodeSpace:
     def offset(self, kind: str) -> int:
         """Flat number of the kind's first node."""
         self.shape(kind)
-        return self._starts[self.kinds.index(kind) * self.layers]
+        return self._starts[self._rows.index((kind, self.layers_of(kind)[0]))]
 
     def flat(self, node: Node) -> int:
         """Number of a node; ValueError if the node lies outside this space."""
         self.check(node)
-        start = self._starts[self.kinds.index(node.kind) * self.layers + node.layer]
-        return start + node.position * self.in_layers(node.kind)[node.layer] + node.index
+        start = self._starts[self._rows.index((node.kind, node.layer))]
+        count = self.in_layers(node.kind)[self.row(node.kind, node.layer)]
+        return start + node.position * count + node.index
 
     def node(self, flat: int) -> Node:
         """The node of a flat number."""
@@ -100,21 +127,24 @@ class NodeSpace:
         row = (
             bisect_right(self._starts, flat) - 1
         )  # the last of several that start there is not empty
-        number, layer = divmod(row, self.layers)
-        kind = self.kinds[number]
-        position, index = divmod(flat - self._starts[row], self.in_layers(kind)[layer])
+        kind, layer = self._rows[row]
+        count = self.in_layers(kind)[self.row(kind, layer)]
+        position, index = divmod(flat - self._starts[row], count)
         return Node(kind, layer, position, index)
 
     def check(self, node: Node) -> None:
         """ValueError, naming the field and its range, if the node lies outside this space."""
-        layers, positions, _ = self.shape(node.kind)
+        _, positions, _ = self.shape(node.kind)
         for name, value, limit in (
-            ("layer", node.layer, layers),
+            ("layer", node.layer, self.layers),
             ("position", node.position, positions),
         ):
             if not 0 <= value < limit:
                 raise ValueError(f"{name} of {node} must be in [0, {limit}), got {value}")
-        limit = self.in_layers(node.kind)[node.layer]
+        if node.layer not in self.layers_of(node.kind):
+            layers = ", ".join(map(str, self.only[node.kind]))
+            raise ValueError(f"layer of {node} must be among {layers}, got {node.layer}")
+        limit = self.in_layers(node.kind)[self.row(node.kind, node.layer)]
         if limit == 0:
             raise ValueError(f"layer {node.layer} has no nodes {node.kind!r}, got {node}")
         if not 0 <= node.index < limit:
@@ -124,28 +154,31 @@ class NodeSpace:
         return (self.node(i) for i in range(len(self)))
 
 
-def check_kinds(nodes: Iterable[str]) -> tuple[str, ...]:
-    """The requested node kinds, checked, in the order of KINDS."""
+def check_kinds(nodes: Iterable[str], known: Sequence[str] = KINDS) -> tuple[str, ...]:
+    """The requested node kinds, checked, in the order of those that are known."""
     if isinstance(nodes, str):
         raise TypeError(f"nodes must be a sequence of kinds such as ('q', 'k'), got {nodes!r}")
     wanted = tuple(nodes)
     if not wanted:
-        raise ValueError(f"nodes must name at least one of {', '.join(KINDS)}, got none")
+        raise ValueError(f"nodes must name at least one of {', '.join(known)}, got none")
     for kind in wanted:
-        if kind not in KINDS:
-            raise ValueError(f"nodes must be among {', '.join(KINDS)}, got {kind!r}")
-    return tuple(kind for kind in KINDS if kind in wanted)
+        if kind not in known:
+            raise ValueError(f"nodes must be among {', '.join(known)}, got {kind!r}")
+    return tuple(kind for kind in known if kind in wanted)
+
+
+def name_of(node: Node) -> str:
+    """A node without its position: `L5 H3 k`, `L5 N77`, `L5 mlp_out`, `L5 F1234 resid_pre`, `L5 error resid_pre`."""
+    if node.kind == "neuron":
+        return f"L{node.layer} N{node.index}"
+    if node.kind in COARSE_KINDS:
+        return f"L{node.layer} {node.kind}"
+    dictionary, dot, part = node.kind.partition(".")
+    part = part if dot + part == ERROR else f"{'F' if dot else 'H'}{node.index}"
+    return f"L{node.layer} {part} {dictionary}"
 
 
 def label(node: Node, tokens: Sequence[str] | None = None) -> str:
     """A short name such as `L5 H3 k @7 ' Mary'`."""
-    part = {"neuron": f"N{node.index}"}.get(node.kind, f"H{node.index}")
-    name = (
-        f"L{node.layer} {node.kind}"
-        if node.kind in COARSE_KINDS
-        else f"L{node.layer} {part} {node.kind}"
-    )
-    if node.kind == "neuron":
-        name = f"L{node.layer} {part}"
     at = f" @{node.position}"
-    return name + at + (f" {tokens[node.position]!r}" if tokens is not None else "")
+    return name_of(node) + at + (f" {tokens[node.position]!r}" if tokens is not None else "")

@@ -84,6 +84,11 @@ def sweep_peak(model: PreTrainedModel, case: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(model, precision=case.get("precision"), memory_budget=case["budget"])
     pairs = make_pairs(case["pairs"], case["positions"], case.get("shared", 0))
     kinds = ATTENTION_KINDS if case.get("attention") else (*ATTENTION_KINDS, "neuron")
+    if "features" in case:
+        into = torch.randn(model.config.hidden_size, case["features"])
+        kinds += engine.add_dictionary(
+            2, "mlp_out", lambda x: (x @ into).relu(), lambda f: f @ into.T
+        )
     found: dict[str, Any] = {}
 
     def spied(plug: Any, budget: Any, size: Any, **options: Any) -> Any:

@@ -63,6 +63,8 @@ SPLIT = "tests/test_tensor_parallel.py -m 'not slow'"
 GROUPS = "tests/test_tensor_parallel.py -k dead"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 
+DICTS = "tests/test_dictionaries.py -k "
+
 FAULTS = [
     # models that several processes share
     Fault(
@@ -142,6 +144,49 @@ FAULTS = [
         "                if team.leads:\n",
         "                if True:\n",
         GROUPS,
+    ),
+    # dictionaries' features and error terms
+    Fault(
+        "atp_fast/attribution/scores.py",
+        "carried, below = seat or (layer, kind)",
+        "carried, below = layer, kind",
+        DICTS + "equal_those",
+    ),
+    Fault(
+        "atp_fast/hf/dictionaries.py",
+        '(self.layer + 1, "resid_pre")',
+        '(self.layer, "resid_pre")',
+        DICTS + "equal_those",
+    ),
+    Fault(
+        "atp_fast/attribution/scores.py",
+        "slice(first + begin, min(first + end, stop))",
+        "slice(first, min(first + end - begin, stop))",
+        DICTS + "a_budget",
+    ),
+    Fault(
+        "atp_fast/attribution/features.py",
+        "known = max(added.get(name, 0) - first, 0)",
+        "known = 0",
+        DICTS + "out_of_memory",
+    ),
+    Fault(
+        "atp_fast/attribution/features.py",
+        "- (x - before)",
+        "",
+        DICTS + "single_nodes",
+    ),
+    Fault(
+        "atp_fast/attribution/features.py",
+        "corrupted - dictionary.decoded(to, x) - (",
+        "corrupted - dictionary.decoded(to, corrupted) - (",
+        DICTS + "scales",
+    ),
+    Fault(
+        "atp_fast/attribution/sweep.py",
+        "return min(dictionary.seat[0]",
+        "return 1 + min(dictionary.seat[0]",
+        DICTS + "lowest",
     ),
     # cotangents' walk, sums in place, both prompts together, norms and rotations
     Fault(

@@ -76,6 +76,15 @@ def test_the_page_on_spans_runs(capsys):
     assert capsys.readouterr().out.startswith("['When', 'A', 'and', 'B'")
 
 
+@DEMO
+def test_the_page_on_dictionaries_runs(capsys):
+    example, _ = examples("docs/dictionaries.md")
+    scope: dict[str, object] = {}
+    exec(compile(example, "dictionaries.md", "exec"), scope)
+    assert capsys.readouterr().out.splitlines()[1] == "torch.Size([1, 15, 2048])"
+    assert scope["exact"].mean_abs.max() > 0
+
+
 def smaller(code: str) -> str:
     """The notebook's code with fewer patched runs."""
     for many, few in (

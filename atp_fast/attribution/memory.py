@@ -32,6 +32,10 @@ _ROWS_ENOUGH = {"cpu": 2048, "cuda": 65536}
 # The same for rows that leave tapes (pairs times positions): plain AtP of eight pairs of 256 tokens took 11 s two or four
 # pairs at a time and 15 s all at once, when tapes and activations no longer stay in the caches of a CPU.
 _TAPED_ROWS_ENOUGH = {"cpu": 512, "cuda": 65536}
+# Numbers of a dictionary's features (positions times cotangents times features) at once, if an eighth of the budget holds them.
+_FEATURES_ENOUGH = {"cpu": 2**23, "cuda": 2**27}
+# Of as many: both runs' features, what encodes them, gradients, and effects that are summed over spans.
+_FEATURE_COPIES = 6
 # Under "auto" tapes take this share of the budget; an explicit one is used up. A tape saves two forwards of its layer: two
 # fifths of plain AtP's work, a fifth of AtP*'s on twelve layers.
 _AUTO_TAPE_SHARE = 1 / 16
@@ -39,13 +43,15 @@ _AUTO_TAPE_SHARE = 1 / 16
 
 class SweepPlan(NamedTuple):
     """How a sweep is done: pairs run together, cotangents taken at once, the first layer that leaves a tape, the type of
-    the cotangents' products ("bf16", or None for the model's), and whether a taped layer runs both prompts in one batch."""
+    the cotangents' products ("bf16", or None for the model's), whether a taped layer runs both prompts in one batch, and
+    the numbers of a dictionary's features at once."""
 
     pairs: int
     chunk: int
     taped_from: int
     precision: str | None = None
     together: bool = False
+    features: int = 0
 
 
 class Budget(NamedTuple):
@@ -116,9 +122,7 @@ class SweepSize(NamedTuple):
     kinds: tuple[str, ...]
     logits: int  # positions of each pair at which the metric looks
     precision: str | None = None  # of the cotangents' products
-    spans: bool = (
-        False  # effects are kept per cotangent until they are summed over a span's positions
-    )
+    spans: int = 0  # then effects are kept per cotangent until they are summed over its positions
     statistics: bool = False  # attention notes those of the key fix
 
 
@@ -145,7 +149,7 @@ class Costs(NamedTuple):
 def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
     found, item, layers = plug.shares.held, plug.itemsize, len(plug.layers)
     layer = measured_layers(plug)
-    hidden = found.hidden
+    hidden, kinds = found.hidden, plug.visited(kinds)
     heads = found.heads * (found.head_dim + found.v_dim)  # q and z
     kv_heads = found.kv_heads * (found.head_dim + found.v_dim)  # k and v
     neurons, given = found.neurons, layer.given
@@ -185,6 +189,7 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | N
     layers, pairs = len(plug.layers), plan.pairs
     rows = pairs * size.positions
     always = rows * cost.stored + pairs * size.prefix * cost.prefix + plug.made_bytes
+    always += _feature_bytes(plug, plan, size)
     each = cost.tape + (cost.twin if plan.together else 0)
     each += cost.statistics if size.statistics else 0
     tape = rows * each + pairs * size.prefix * cost.taped_prefix
@@ -208,6 +213,24 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | N
     return peak
 
 
+def _feature_bytes(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
+    """Bytes that effects of dictionaries' nodes take while one layer's are found."""
+    most = max((d.features for d in plug.asked(size.kinds)), default=0)
+    row = plan.pairs * min(plan.chunk, size.cotangents) * most
+    numbers = min(max(plan.features, row), row * size.positions)
+    return _wide(plug) * (_FEATURE_COPIES * numbers + 2 * size.spans * row)
+
+
+def _wide(plug: Plug) -> int:
+    """Bytes of a number in which effects are summed."""
+    return max(4, plug.itemsize)
+
+
+def features_at_once(plug: Plug, room: int) -> int:
+    """Numbers of a dictionary's features that an eighth of `room` bytes holds, as far as they are of use."""
+    return min(_rows_enough(plug, _FEATURES_ENOUGH), room // 8 // _FEATURE_COPIES // _wide(plug))
+
+
 def plan_sweep(
     plug: Plug,
     budget: Budget,
@@ -225,8 +248,10 @@ def plan_sweep(
     layers = len(plug.layers)
     rows = _rows_enough(plug, _ROWS_ENOUGH)
 
+    features = features_at_once(plug, budget.bytes)
+
     def fits(batch: int, chunk: int, tapes: int) -> bool:
-        plan = SweepPlan(batch, chunk, layers - tapes)
+        plan = SweepPlan(batch, chunk, layers - tapes, features=features)
         return estimate_sweep(plug, plan, size, cost) <= budget.bytes
 
     pair_rows = rows // size.cotangents
@@ -247,14 +272,14 @@ def plan_sweep(
     if plug.offloaded:  # a tape would hold its layer's weights in memory
         tapes = 0
     if tapes == layers and size.precision is None and saves_starts(plug.device):
-        plan = SweepPlan(batch, chunk, 0, together=True)
+        plan = SweepPlan(batch, chunk, 0, together=True, features=features)
         twins = layers * batch * size.positions * costs(plug, size.kinds).twin
         room = budget.bytes - (twins / _AUTO_TAPE_SHARE if budget.auto else 0)
         if estimate_sweep(plug, plan, size) <= room:
             return plan
     while tapes and not fits(batch, chunk, tapes):
         tapes -= 1
-    return SweepPlan(batch, chunk, layers - tapes, size.precision)
+    return SweepPlan(batch, chunk, layers - tapes, size.precision, features=features)
 
 
 def saves_starts(device: torch.device) -> bool:
@@ -290,7 +315,8 @@ def stored_pair(plug: Plug, start: int, positions: int, kinds: Sequence[str]) ->
         "z": found.heads * found.v_dim,
         "neuron": found.neurons,
     }
-    values = sum(widths.get(kind, found.hidden) for kind in kinds if kind != "resid_pre")
+    shown = plug.visited(kinds)
+    values = sum(widths.get(kind, found.hidden) for kind in shown if kind != "resid_pre")
     position = 2 * (layers + 1) * found.hidden + layers * values
     return plug.itemsize * (positions * position + (start + positions) * layers * keys_values)
 

@@ -397,11 +397,11 @@ def _buffer(x: Tensor) -> Tensor:
 def batch_key(asked: Asked) -> tuple[Hashable, Hashable] | None:
     """All that the recorded parts read but tensors' contents, first what is asked, then shapes and numbers.
 
-    None where a layer is given what is neither tensor nor plain.
+    None where a layer is given what is neither tensor nor plain, and for dictionaries, whose code is not known.
     """
     plug, batch, _, plan, scores, *_ = asked
     tensors, order = varying(batch)
-    if any(x.device != plug.device for x in tensors):
+    if scores.space.only or any(x.device != plug.device for x in tensors):
         return None
     try:
         arguments = tuple(

@@ -180,7 +180,9 @@ def run_in_steps(
 ) -> Steps[PairRuns]:
     """run_batch in steps: after entering, every layer. waiting: where layer inputs and prefixes wait between steps."""
     waiting = waiting or Waiting()
-    pairs = len(batch.pairs)
+    if plan is not None:
+        plan = plan._replace(taped_from=max(plan.taped_from, plug.lowest(kinds)))
+    kinds, pairs = plug.visited(kinds), len(batch.pairs)
     both, doubled = batch.both
     first = torch.arange(pairs, device=both.device)
     known: dict[int, Tensor] = {}

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from atp_fast import ops
 from atp_fast.attribution.question import Method
-from atp_fast.nodes import ATTENTION_KINDS, NodeSpace
+from atp_fast.nodes import ATTENTION_KINDS, NodeSpace, is_scalar
 
 
 def cotangent_weights(graddrop: bool, kind: str, layer: int, layers: int) -> list[float]:
     """Weights of the |effects| under the cotangents present at a layer: ordinary first, then one per dropped layer.
 
     In-block nodes: [(m-1) |I| + sum_{l>m} |I_l|] / (L-1) with m = layer + 1 (their own layer's drop gives 0).
-    resid_pre lies in no block: [(m-1) |I| + sum_{l>=m} |I_l|] / L. One layer alone has nothing to drop: |I|.
+    resid_pre lies in no block: [(m-1) |I| + sum_{l>=m} |I_l|] / L, also behind the last layer, where layer is L. One layer
+    alone has nothing to drop: |I|.
     """
     if not graddrop or (layers == 1 and kind != "resid_pre"):
         return [1.0]
@@ -30,10 +31,13 @@ def cotangent_weights(graddrop: bool, kind: str, layer: int, layers: int) -> lis
 def weight_tables(
     graddrop: bool, layers: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cotangent_weights of every layer, for nodes in blocks and for resid_pre, (layers, cotangents), zeros behind."""
+    """cotangent_weights of every layer and of behind the last, for nodes in blocks and for resid_pre.
+
+    (layers + 1, cotangents), zeros behind.
+    """
 
     def table(kind: str) -> Tensor:
-        rows = [cotangent_weights(graddrop, kind, layer, layers) for layer in range(layers)]
+        rows = [cotangent_weights(graddrop, kind, layer, layers) for layer in range(layers + 1)]
         whole = [row + [0.0] * (layers + 1 - len(row)) for row in rows]
         return torch.tensor(whole, device=device, dtype=dtype)
 
@@ -69,6 +73,14 @@ class Place(NamedTuple):
         if live is not None and inside < positions:
             live = live[:, :inside].contiguous()
         return cls(rows, slice(column, column + inside), live)
+
+    def part(self, begin: int, end: int) -> Place:
+        """The same of some of the batch's positions."""
+        live = None if self.live is None else self.live[:, begin:end]
+        if isinstance(self.columns, Tensor):
+            return Place(self.rows, self.columns + begin, live)
+        first, stop = self.columns.start, self.columns.stop
+        return Place(self.rows, slice(first + begin, min(first + end, stop)), live)
 
 
 class _Tables(NamedTuple):
@@ -158,7 +170,7 @@ class Scores:
         return self._weights[device][kind == "resid_pre"][layer, first : first + count]
 
     def _tables(self, kind: str, layer: int, device: torch.device) -> _Tables:
-        """A layer's rows of the tables; those of a layer on another device lie there, until `gather`."""
+        """A layer's part of the tables; those of a layer on another device lie there, until `gather`."""
         if device == self._device:
             pairs = None if self.per_pair is None else self.per_pair[kind][:, layer]
             return _Tables(self.score[kind][layer], self.effect[kind][layer], pairs)
@@ -198,11 +210,13 @@ class Scores:
         values: tuple[Tensor, Tensor] | None = None,
         *,
         backend: str,
+        seat: tuple[int, str] | None = None,
     ) -> None:
         """Add a layer's effects of a batch of pairs under the cotangents from number `first` on, in place.
 
         grad: gradients by the clean values, (C, *their shape), values: the clean and the corrupted ones; or grad: the
-        effects themselves, (C, pairs, positions, width).
+        effects themselves, (C, pairs, positions, width). seat: the layer and kind whose cotangents these are, where it is
+        not this kind itself.
         """
         if values is None:
             grad, clean, corrupted = grad[..., None], None, None
@@ -217,11 +231,13 @@ class Scores:
             if inside < grad.shape[2]:
                 grad = grad[:, :, :inside]
                 clean, corrupted = (x if x is None else x[:, :inside] for x in (clean, corrupted))
-        own = slice(self.space.in_layers(kind)[layer])
-        table = self._tables(kind, layer, grad.device)
+        row = self.space.row(kind, layer)
+        own = slice(self.space.in_layers(kind)[row])
+        table = self._tables(kind, row, grad.device)
+        carried, below = seat or (layer, kind)
         ops.add_effects(
             grad,
-            weights=self.weights(kind, layer, first, len(grad), grad.device),
+            weights=self.weights(below, carried, first, len(grad), grad.device),
             score=table.score[columns, own],
             effect=table.effect[columns, own] if first == 0 else None,
             clean=clean,
@@ -243,4 +259,4 @@ def _as_vectors(kind: str, x: Tensor, batch: int) -> Tensor:
     """Values of a kind, whose batch axes end at number `batch`, as (..., positions, width, dim)."""
     if kind in ATTENTION_KINDS:
         return x.transpose(batch, batch + 1)
-    return x[..., None] if kind == "neuron" else x.unsqueeze(-2)
+    return x[..., None] if is_scalar(kind) else x.unsqueeze(-2)

@@ -27,7 +27,7 @@ from atp_fast.attribution.memory import (
 )
 from atp_fast.attribution.runs import Steps, check_layers, run_in_steps
 from atp_fast.attribution.scores import Scores
-from atp_fast.attribution.sweep import key_fixed, top_cotangent, try_layer
+from atp_fast.attribution.sweep import add_behind, key_fixed, top_cotangent, try_layer
 from atp_fast.attribution.waiting import Shelf
 from atp_fast.hf import ENDS, Plug
 from atp_fast.metrics import Metric
@@ -106,6 +106,8 @@ def _sweep(
     check_layers(runs)
     yield
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
+    if any_live:
+        add_behind(plug, runs, plan, scores, place, spans, cotangent[None])
     carried, chunk = shelf.put(cotangent[None]), plan.chunk
     del cotangent
     runs.forget(len(plug.layers))

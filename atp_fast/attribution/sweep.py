@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atp_fast import ops
 from atp_fast.attribution.batch import Batch, enter_pairs, sweep_extent
+from atp_fast.attribution.features import FeatureEffects
 from atp_fast.attribution.memory import SweepPlan, SweepSize
 from atp_fast.attribution.question import Method
 from atp_fast.attribution.runs import (
@@ -83,6 +84,8 @@ def sweep_batch(
     check_outputs(plug, batch, runs)
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
     place, cotangents = batch.place(rows, scores.space.positions), cotangent[None]
+    if batch.any_live:
+        add_behind(plug, runs, plan, scores, place, batch.spans, cotangents)
     chunk = plan.chunk
     for number in reversed(range(len(plug.layers))):
         if batch.any_live:
@@ -156,7 +159,7 @@ def sweep_size(
         kinds=kinds,
         logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
         precision=precision,
-        spans=pairs.spans is not None,
+        spans=0 if pairs.spans is None else pairs.width,
         statistics=key_fixed(method, kinds),
     )
 
@@ -180,9 +183,33 @@ def sweep_layer(
     chunk: int,
     added: dict[str, int],
 ) -> Tensor:
-    """Add a layer's effects to the scores; returns the cotangents of its input. Its tape is gone then."""
+    """Add a layer's effects to the scores; returns the cotangents of its input. Its tape is gone then.
+
+    Below the lowest layer that has nodes, nothing is done.
+    """
+    if number < plug.lowest(scores.space.kinds):
+        return cotangents
     layer = _Layer(plug, runs, plan, scores, number, place, spans, added)
     return layer.sweep(plug.moved(cotangents, number), chunk)
+
+
+def add_behind(
+    plug: Plug,
+    runs: PairRuns,
+    plan: SweepPlan,
+    scores: Scores,
+    place: Place,
+    spans: Tensor | None,
+    cotangents: Tensor,
+) -> None:
+    """Add the effects of the dictionaries behind the last layer."""
+    behind = len(plug.layers), "resid_pre"
+    device = cotangents.device
+    place, spans = place.to(device), None if spans is None else spans.to(device)
+    features = FeatureEffects(plug, scores, plan, place, spans)
+    if features.stand_at(*behind):
+        corrupted = runs.aligned(plug, behind[0], {"resid_pre": runs.corrupted[-1]})["resid_pre"]
+        features.add(behind, cotangents, 0, runs.clean[-1], corrupted, 1, {})
 
 
 def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,13 +251,15 @@ class _Layer:
         self.plug, self.scores, self.number = plug, scores, number
         device, self.added = plug.device_of(number), added
         self.place, self.spans = place.to(device), None if spans is None else spans.to(device)
+        self.features = FeatureEffects(plug, scores, plan, self.place, self.spans)
         self.kinds, self.method = scores.space.kinds, scores.method
         self.start, self.prefix = runs.start, runs.prefixes[number]
         self.skip = plug.layers[number].skip
         kept = runs.tapes.pop(number, None)
         if kept is None:
-            tape = taped(plug, runs, number, self.kinds, plan.precision)
-            kept = tape, corrupted_values(plug, runs, number, self.kinds)[1]
+            shown = plug.visited(self.kinds)
+            tape = taped(plug, runs, number, shown, plan.precision)
+            kept = tape, corrupted_values(plug, runs, number, shown)[1]
         self.tape, self.corrupted = kept
 
     def sweep(self, cotangents: Tensor, chunk: int) -> Tensor:
@@ -239,7 +268,8 @@ class _Layer:
         Returns those of its input; the layer's effects are added to the scores. With GradDrop there is one more, as which
         the ordinary cotangent skips this dropped layer.
         """
-        below = self.number > 0 or "resid_pre" in self.kinds
+        self.chunk = chunk
+        below = self.number > 0 or self._looked_at("resid_pre")
         inputs: list[Tensor] | None = [] if below else None
         for i in range(0, len(cotangents), chunk):
             self._through(cotangents[i : i + chunk], i, inputs)
@@ -248,15 +278,18 @@ class _Layer:
         if self.method.graddrop:
             inputs.append(cotangents[:1] * self.skip if self.skip != 1 else cotangents[:1])
         joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        if "resid_pre" in self.kinds:
-            self._first_order("resid_pre", joined, 0)
+        self._first_order("resid_pre", joined, 0)
         return joined
+
+    def _looked_at(self, kind: str) -> bool:
+        """Whether the kind is scored here, or a dictionary stands where it has its values."""
+        return kind in self.kinds or self.features.stand_at(self.number, kind)
 
     def _through(self, cotangents: Tensor, first: int, inputs: list[Tensor] | None) -> None:
         """A chunk of cotangents, the first of which is number `first`; those of the layer's input join `inputs`."""
         tape, run = self.tape, self.tape.run
         inner = [
-            k for k in ("neuron", "attn_out", "mlp_out") if k in self.kinds and k in tape.values
+            k for k in ("neuron", "attn_out", "mlp_out") if self._looked_at(k) and k in tape.values
         ]
         ends = [] if inputs is None else [tape.x]
         if run.q is None or run.z is None:  # a layer without attention
@@ -271,8 +304,7 @@ class _Layer:
         grad_z, *grads = tape.from_output(cotangents, wanted)
         for kind, grad in zip(inner, grads, strict=False):
             self._first_order(kind, grad, first)
-        if "z" in self.kinds:
-            self._first_order("z", grad_z, first)
+        self._first_order("z", grad_z, first)
         if inputs is None and not {"q", "k", "v"} & set(self.kinds):
             return
         grad_q, grad_k, grad_v = self._through_attention(grad_z.to(run.q.dtype), first)
@@ -317,11 +349,17 @@ class _Layer:
         return found.grad_q, found.grad_k, found.grad_v
 
     def _first_order(self, kind: str, grad: Tensor, first: int) -> None:
-        """Effects (corrupted - clean) . grad under cotangents `first`..., grad (C, *shape of the kind's values)."""
-        grad, first = self._new(kind, grad, first)
-        if len(grad) == 0:
+        """Effects (corrupted - clean) . grad under cotangents `first`..., grad (C, *shape of the kind's values), of the kind
+        and of the dictionaries that stand there, as far as they are scored."""
+        if not self._looked_at(kind):
             return
         clean, corrupted = self.tape.values[kind].detach(), self.corrupted[kind]
+        self.features.add(
+            (self.number, kind), grad, first, clean, corrupted, self.chunk, self.added
+        )
+        grad, first = self._new(kind, grad, first)
+        if kind not in self.kinds or len(grad) == 0:
+            return
         if self.spans is None:
             self._add(kind, first, grad, (clean, corrupted))
             return

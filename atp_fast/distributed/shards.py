@@ -23,7 +23,7 @@ from atp_fast.distributed.peers import Peers
 from atp_fast.engine import Engine
 from atp_fast.files import write_text
 from atp_fast.metrics import resolve
-from atp_fast.nodes import check_kinds
+from atp_fast.nodes import ERROR, FEATURES, KINDS, check_kinds
 from atp_fast.prompts.directions import sign_text
 from atp_fast.prompts.pairs import PromptPairs
 from atp_fast.results import Attribution
@@ -39,8 +39,10 @@ class ShardError(RuntimeError):
     """A shard could not be computed; the message names the process and the pairs."""
 
 
-def describe_question(question: Question, pairs: PromptPairs) -> dict[str, Any]:
-    """The options as JSON values. Raises what Engine.attribute would, and ValueError for a metric that must see all
+def describe_question(
+    question: Question, pairs: PromptPairs, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
+    """The options as JSON values; kinds: the node kinds that there are. Raises what Engine.attribute would, and ValueError for a metric that must see all
     pairs at once.
     """
     check_method(question.method)
@@ -54,7 +56,7 @@ def describe_question(question: Question, pairs: PromptPairs) -> dict[str, Any]:
     return {
         "metric": metric.name,
         "method": question.method,
-        "nodes": list(check_kinds(question.nodes)),
+        "nodes": list(check_kinds(question.nodes, kinds)),
         "direction": question.direction,
         "per_pair": question.per_pair,
     }
@@ -66,13 +68,18 @@ def describe_engine(engine: Engine, pairs: PromptPairs) -> dict[str, Any]:
         raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
     engine.check_pairs(pairs)
     group = engine.plug.shares.group
-    return {
-        "model": engine.model_name,
-        "model_class": engine.plug.name,
-        "dtype": str(engine.plug.dtype).removeprefix("torch."),
-        "backend": engine.backend,
-        "precision": engine.precision,
-    } | ({} if group is None else {"tensor_parallel": group.size})
+    own = [[d.name, d.layer, d.site, d.features] for d in engine.dictionaries]
+    return (
+        ({"dictionaries": own} if own else {})
+        | {
+            "model": engine.model_name,
+            "model_class": engine.plug.name,
+            "dtype": str(engine.plug.dtype).removeprefix("torch."),
+            "backend": engine.backend,
+            "precision": engine.precision,
+        }
+        | ({} if group is None else {"tensor_parallel": group.size})
+    )
 
 
 def cut(pairs: PromptPairs, shard_size: int) -> list[Tensor]:
@@ -99,11 +106,13 @@ class Shards:
     ) -> None:
         self.folder, self.pairs, self.question = Path(folder), pairs, question
         self.rows = cut(pairs, shard_size)
+        names = dict.fromkeys(name for name, *_ in engine.get("dictionaries", ()))
+        kinds = (*KINDS, *(name + end for name in names for end in (FEATURES, ERROR)))
         columns = pairs.attention_mask.cpu().numpy().tobytes()
         self.manifest = {
             "atp_fast": __version__,
             **engine,
-            **describe_question(question, pairs),
+            **describe_question(question, pairs, kinds),
             "pairs": len(pairs),
             "positions": pairs.width,
             "pairs_digest": pairs.digest(),

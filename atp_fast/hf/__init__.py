@@ -4,6 +4,7 @@ May import: ops and what stands before it.
 """
 
 from atp_fast.hf.attention import LayerRun, Prefix, Visit
+from atp_fast.hf.dictionaries import Dictionary, read_dictionary, side_by_side
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
 from atp_fast.hf.options import AttentionOptions
@@ -14,6 +15,7 @@ from atp_fast.hf.switching import recording
 __all__ = [
     "ENDS",
     "AttentionOptions",
+    "Dictionary",
     "Inspection",
     "LayerArguments",
     "LayerRun",
@@ -22,5 +24,7 @@ __all__ = [
     "Visit",
     "FiniteCheck",
     "check_finite",
+    "read_dictionary",
     "recording",
+    "side_by_side",
 ]

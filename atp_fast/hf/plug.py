@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_fast.hf.attention import LayerRun, Prefix
+from atp_fast.hf.dictionaries import Dictionary, side_by_side
 from atp_fast.hf.inspection import (
     Call,
     Inspection,
@@ -28,7 +29,7 @@ from atp_fast.hf.layers import LayerArguments, LayeredModel
 from atp_fast.hf.quantised import Comparison, dequantised
 from atp_fast.hf.shares import Shares
 from atp_fast.hf.switching import alone_with
-from atp_fast.nodes import COARSE_KINDS, KINDS, NodeSpace
+from atp_fast.nodes import COARSE_KINDS, KINDS, Node, NodeSpace
 
 # Settings under which layers count the positions that they are given from 0, wherever these stand.
 _COUNTED_FROM_0 = ("attn_temperature_tuning",)
@@ -49,6 +50,7 @@ class Plug(LayeredModel):
         with alone_with(served):
             check_eval(served)
             super().__init__(served, backend)
+            self.dictionaries: list[Dictionary] = []
             if memory is not None:
                 self.check_fits(memory)
             with self._refusing():
@@ -346,9 +348,82 @@ class Plug(LayeredModel):
             q=found.heads, k=found.kv_heads, v=found.kv_heads, z=found.heads, neuron=found.neurons
         )
         widths.update(dict.fromkeys(COARSE_KINDS, 1))
+        only: dict[str, list[int]] = {}
+        for dictionary in self.dictionaries:
+            for kind, width in zip(dictionary.kinds, (dictionary.features, 1), strict=True):
+                widths[kind] = width
+                only.setdefault(kind, []).append(dictionary.layer)
         return NodeSpace(
             found.layers,
             positions,
-            {kind: widths[kind] for kind in KINDS if kind in kinds},
+            {kind: widths[kind] for kind in self.kinds if kind in kinds},
             {kind: counts for kind, counts in found.counts.items() if kind in kinds},
+            {kind: layers for kind, layers in only.items() if kind in kinds},
         )
+
+    # ---- dictionaries
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every node kind that can be asked for: those of all models, and those of the dictionaries."""
+        own = dict.fromkeys(kind for d in self.dictionaries for kind in d.kinds)
+        return (*KINDS, *own)
+
+    def asked(self, kinds: Sequence[str]) -> tuple[Dictionary, ...]:
+        """The dictionaries that have nodes of these kinds."""
+        return tuple(d for d in self.dictionaries if not set(d.kinds).isdisjoint(kinds))
+
+    def visited(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """The kinds whose values a layer must show for nodes of these kinds."""
+        places = {d.seat[1] for d in self.asked(kinds)}
+        return tuple(kind for kind in KINDS if kind in kinds or kind in places)
+
+    def lowest(self, kinds: Sequence[str]) -> int:
+        """The layer below which none has nodes of these kinds: not 0 where all are those of dictionaries."""
+        seats = [0 if kind in KINDS else self.inspection.layers for kind in kinds]
+        return min([*seats, *(d.seat[0] for d in self.asked(kinds))], default=0)
+
+    def add_dictionary(self, dictionary: Dictionary) -> Dictionary:
+        """Keep a dictionary, tried on a few tokens; Engine.add_dictionary says what it raises."""
+        if self.shares.group is not None:
+            raise NotImplementedError(
+                f"dictionaries are not served on {self.name} while processes share it"
+            )
+        layers, (number, kind) = self.inspection.layers, dictionary.seat
+        if not 0 <= dictionary.layer < layers:
+            raise ValueError(f"layer must be in [0, {layers}), got {dictionary.layer}")
+        if kind != "resid_pre":
+            self.space(1, (kind,)).check(Node(kind, number, 0))
+        same = [d for d in self.dictionaries if d.name == dictionary.name]
+        if any(d.layer == dictionary.layer for d in same):
+            raise ValueError(
+                f"name must be another one for a second dictionary of layer {dictionary.layer}, got {dictionary.name!r}"
+            )
+        x = side_by_side(kind, self._values_at(number, kind))[0]
+        with torch.no_grad():
+            found = dictionary.learnt(x, self.tolerance(x))
+        for other in same:
+            if (other.site, other.features) != (found.site, found.features):
+                raise ValueError(
+                    f"name {found.name!r} is that of {other.features} features at {other.site} (layer {other.layer}): give "
+                    f"these {found.features} features at {found.site} another name"
+                )
+        self.dictionaries = sorted([*self.dictionaries, found], key=lambda d: d.layer)
+        return found
+
+    def _values_at(self, number: int, kind: str) -> Tensor:
+        """A kind's values in a layer on a few tokens; before the layer behind the last one, the last one's output."""
+        seen: list[Tensor] = []
+
+        def keep(name: str, value: Tensor) -> Tensor:
+            if name == kind:
+                seen.append(value)
+            return value
+
+        with self.plugged(), torch.no_grad():
+            x, arguments = self.enter(self.short_prompt())
+            last = number if kind == "resid_pre" else number + 1
+            for layer in range(last):
+                run = LayerRun(self.backend, keep, kinds=(kind,))
+                x = self.run_layer(layer, x, arguments[layer], run)
+        return x if kind == "resid_pre" else seen[-1]

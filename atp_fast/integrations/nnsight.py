@@ -108,7 +108,8 @@ def by_module(
     scores: "effect" (signed), "contribution", or "per_pair" with a pairs axis ahead. The inner mapping has the kinds
     whose values stand in that module: q, k and v in a projection's output (together in a fused one, such as GPT-2's
     c_attn), or that of the norm behind it; z and attn_out in the input and output of the attention's last projection, neuron
-    and mlp_out in those of the MLP's; resid_pre in the layer's input. Writes have no head axis.
+    and mlp_out in those of the MLP's; resid_pre in the layer's input. Writes have no head axis. Nodes of dictionaries are left
+    out.
     Raises ValueError for other scores or per_pair numbers that were not kept, NotImplementedError for a kind whose values
     stand in no module's input or output.
     """
@@ -122,7 +123,7 @@ def by_module(
     paths: dict[str, dict[str, Tensor]] = {}
     for layer in range(found.space.layers):
         for kind, table in tables.items():
-            count = found.space.in_layers(kind)[layer]
+            count = 0 if kind in found.space.only else found.space.in_layers(kind)[layer]
             if not count:
                 continue
             x = table.select(-3, layer)[..., :count]

@@ -143,7 +143,7 @@ def to_activation_cache(
     scores: "effect" (signed) or "contribution"; "per_pair" gives each pair's own, with a batch axis, as found holds them.
     Shapes: q, k, v, z (positions, heads), mlp.hook_post (positions, neurons), the others (positions,), with the batch
     axis ahead. So `cache.stack_activation("z")` is (layers, positions, heads). Grouped keys and values have their own
-    number of heads. Raises ValueError for other scores or per_pair numbers that were not kept.
+    number of heads. Nodes of dictionaries are left out. Raises ValueError for other scores or per_pair numbers that were not kept.
     """
     if scores not in ("effect", "contribution", "per_pair"):
         raise ValueError(f"scores must be effect, contribution or per_pair, got {scores!r}")
@@ -152,7 +152,7 @@ def to_activation_cache(
         raise ValueError("scores must have been kept (per_pair=True of attribute), these were not")
     cache = {}
     for kind, table in tables.items():
-        for layer in range(found.space.layers):
+        for layer in range(0 if kind in found.space.only else found.space.layers):
             x = table.select(-3, layer)
             headed = kind in ATTENTION_KINDS or kind == "neuron"
             cache[hook_name(kind, layer)] = x if headed else x[..., 0]

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from atp_fast.attribution.batch import enter_pairs, extent, filled
-from atp_fast.attribution.memory import Budget, patched_rows, stored_pair, stored_pairs
+from atp_fast.attribution.features import exchanged
+from atp_fast.attribution.memory import (
+    Budget,
+    features_at_once,
+    patched_rows,
+    stored_pair,
+    stored_pairs,
+)
 from atp_fast.attribution.runs import (
     PairRuns,
     Steps,
@@ -26,7 +33,7 @@ from atp_fast.attribution.runs import (
     run_in_steps,
 )
 from atp_fast.attribution.streaming import abreast
-from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
+from atp_fast.hf import Dictionary, LayerArguments, LayerRun, Plug, Prefix, Visit, check_finite
 from atp_fast.metrics import METRICS_BY_NAME, Metric, check_rows
 from atp_fast.nodes import COARSE_KINDS, KINDS, Node
 from atp_fast.patching.lockstep import Alone, Job, Lockstep
@@ -34,7 +41,8 @@ from atp_fast.prompts.pairs import PromptPairs
 
 
 class NodeTable(NamedTuple):
-    """Nodes as columns of numbers: kind (index into KINDS), layer, position (user's column), index; all (nodes,)."""
+    """Nodes as columns of numbers: kind (index into the plug's kinds), the layer that shows their values, position (user's
+    column), index; all (nodes,)."""
 
     kind: Tensor
     layer: Tensor
@@ -42,9 +50,13 @@ class NodeTable(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # tuple.index is not used
 
     @classmethod
-    def of(cls, nodes: Sequence[Node]) -> NodeTable:
-        number = {kind: i for i, kind in enumerate(KINDS)}
-        rows = [(number[kind], layer, position, index) for kind, layer, position, index in nodes]
+    def of(cls, plug: Plug, nodes: Sequence[Node]) -> NodeTable:
+        number = {kind: i for i, kind in enumerate(plug.kinds)}
+        later = {(kind, d.layer): d.seat[0] for d in plug.dictionaries for kind in d.kinds}
+        rows = [
+            (number[kind], later.get((kind, layer), layer), position, index)
+            for kind, layer, position, index in nodes
+        ]
         return cls(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).unbind(1))
 
 
@@ -170,7 +182,7 @@ class Patching:
         of the same shape: a pair that lacks a node's position, or was not asked for, is False.
         """
         with self.plug.plugged():
-            return self._effects(NodeTable.of(nodes), subsets, pair_index, advance)
+            return self._effects(NodeTable.of(self.plug, nodes), subsets, pair_index, advance)
 
     def _effects(
         self,
@@ -272,6 +284,7 @@ class PatchSession:
     ) -> None:
         """kinds: the node kinds that will be patched."""
         self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
+        self.dictionaries = plug.asked(kinds)
         self.room = 0  # bytes for the rows run at once; Patching sets it when all runs are stored
 
     def open(self) -> Steps[None]:
@@ -464,14 +477,16 @@ class PatchSession:
             begin = int(position[order[start]]) if self.plug.moves else 0
             size = self._rows(begin)
             mine = order[start : start + size]
-            batches.append(RowBatch(mine, int(layer[mine].min()), begin))
+            first = min(int(layer[mine].min()), len(self.plug.layers) - 1)
+            batches.append(RowBatch(mine, first, begin))
             start += size
         return batches
 
     def _rows(self, begin: int) -> int:
         """Rows run at once whose first position is `begin`."""
         logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
-        return patched_rows(self.plug, self.room, self._width(begin), begin, logits)
+        room = self.room * 7 // 8 if self.dictionaries else self.room  # the rest is for features
+        return patched_rows(self.plug, room, self._width(begin), begin, logits)
 
     def _width(self, begin: int) -> int:
         """Positions that are run of rows whose first one is `begin`."""
@@ -510,15 +525,19 @@ class PatchSession:
                 x = torch.cat([x, runs.clean[layer][joining, begin - runs.start :]])
             given = arguments[layer]
             if layer == last and end is not None:
-                x = self._run_end(x, mine, pair, begin, given, end)
+                x = self._run_end(x, mine, pair[:active], begin, given, end)
             else:
                 prefix = self._clean_prefix(layer, pair[:active], begin)
                 x = self._run_layer(layer, x, mine, pair, begin, given, prefix)
                 del prefix
         yield
-        check_finite(x, "a patched run")
         if end is not None and self.end is not None:
-            begin = self.end
+            x, begin = x[:, -1:], self.end
+        if self.dictionaries:  # some may stand behind the last layer
+            joining = pair[len(x) :].to(runs.clean[-1].device)
+            x = torch.cat([x.to(joining.device), runs.clean[-1][joining, begin - runs.start :]])
+            x = self._patch(last + 1, mine, pair, begin)[0]("resid_pre", x)
+        check_finite(x, "a patched run")
         return self._logits(x[back.to(x.device)], row_pair[rows].to(plug.device), begin)
 
     def _run_end(
@@ -569,28 +588,86 @@ class PatchSession:
     ) -> tuple[Visit, tuple[str, ...]]:
         """A function that makes a layer's patches from position `begin` on, and the kinds that have some."""
         here = patches.take((patches.layer == layer) & (patches.position >= begin))
-        corrupted, start = self.runs.values[layer], self.runs.start
-        device = self.plug.device_of(layer)
+        kinds, start = self.plug.kinds, self.runs.start
+        device = self.plug.device_of(min(layer, len(self.plug.layers) - 1))
         pair = pair.to(device)
+        present = {kinds[i] for i in torch.unique(here.kind).tolist()}
+        dictionaries = [
+            d for d in self.dictionaries if d.seat[0] == layer and not present.isdisjoint(d.kinds)
+        ]
+        corrupted = self._corrupted(layer) if present else {}
 
         def patch(kind: str, value: Tensor) -> Tensor:
             at = here.take(here.kind == KINDS.index(kind))
-            if len(at.row) == 0:
-                return value
-            mine, index = self.plug.shares.index(kind, at.index)
-            at = at._replace(index=index).take(mine)
-            row, position, index = at.row.to(device), at.position.to(device), at.index.to(device)
-            source, target = position - start, position - begin
-            value = value.clone()
-            if kind in COARSE_KINDS:
-                value[row, target] = corrupted[kind][pair[row], source]
-            elif kind == "neuron":
-                value[row, target, index] = corrupted[kind][pair[row], source, index]
-            else:
-                value[row, index, target] = corrupted[kind][pair[row], index, source]
+            if len(at.row):
+                mine, index = self.plug.shares.index(kind, at.index)
+                at = at._replace(index=index).take(mine)
+                row, position, index = (
+                    at.row.to(device),
+                    at.position.to(device),
+                    at.index.to(device),
+                )
+                source, target = position - start, position - begin
+                value = value.clone()
+                if kind in COARSE_KINDS:
+                    value[row, target] = corrupted[kind][pair[row], source]
+                elif kind == "neuron":
+                    value[row, target, index] = corrupted[kind][pair[row], source, index]
+                else:
+                    value[row, index, target] = corrupted[kind][pair[row], index, source]
+            for dictionary in dictionaries:
+                if dictionary.seat[1] == kind:
+                    value = self._exchange(dictionary, here, pair, begin, value, corrupted[kind])
             return value
 
-        return patch, tuple(KINDS[i] for i in torch.unique(here.kind).tolist())
+        sites = [d.seat[1] for d in dictionaries]
+        return patch, tuple(kind for kind in KINDS if kind in present or kind in sites)
+
+    def _corrupted(self, layer: int) -> dict[str, Tensor]:
+        """The corrupted run's values in a layer, where they are put; behind the last layer its output."""
+        if layer < len(self.plug.layers):
+            return self.runs.values[layer]
+        return self.runs.aligned(self.plug, layer, {"resid_pre": self.runs.corrupted[-1]})
+
+    def _exchange(
+        self,
+        dictionary: Dictionary,
+        here: Patches,
+        pair: Tensor,
+        begin: int,
+        value: Tensor,
+        corrupted: Tensor,
+    ) -> Tensor:
+        """The value at a dictionary's place, (rows, positions from `begin`, ...), with its patches among `here` made.
+
+        All patches of a row and position are made together, as many of these at a time as there is room for features.
+        """
+        features, error = (here.kind == self.plug.kinds.index(kind) for kind in dictionary.kinds)
+        mine, errors = here.take(features | error), error[features | error]
+        at = torch.stack([mine.row, mine.position])
+        places, place = torch.unique(at, dim=1, return_inverse=True)
+        value = value.clone()
+        if dictionary.seat[1] == "z":
+            by_position, corrupted = value.transpose(1, 2), corrupted.transpose(1, 2)
+        else:
+            by_position = value
+        step = max(1, features_at_once(self.plug, self.room) // dictionary.features)
+        for first in range(0, places.shape[1], step):
+            row, position = places[:, first : first + step].to(value.device)
+            inside = (place >= first) & (place < first + len(row))
+            chosen = torch.stack([place - first, mine.index])[:, inside & ~errors]
+            whole = torch.zeros(len(row), dtype=torch.bool)
+            whole[place[inside & errors] - first] = True
+            x, other = (
+                values[rows, columns].flatten(1)
+                for values, rows, columns in (
+                    (by_position, row, position - begin),
+                    (corrupted, pair[row], position - self.runs.start),
+                )
+            )
+            x = exchanged(dictionary, x, other, chosen.to(x.device), whole.to(x.device))
+            by_position[row, position - begin] = x.view(len(row), *by_position.shape[2:])
+        return value
 
     def _logits(self, x: Tensor, pair: Tensor, begin: int) -> Tensor:
         """Logits where the metric looks, of the last layer's output x (rows, positions from `begin`, hidden)."""

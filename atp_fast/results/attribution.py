@@ -47,7 +47,8 @@ class Attribution(NodeScores):
     def heatmap(self, kind: str, *, by: By = "effect", over: Over | None = None) -> Any:
         """A plotly figure, layer x head (summed over positions) or layer x position (summed over heads).
 
-        over: "head" or "position"; None takes "head" for q, k, v, z and "position" for the other kinds.
+        over: "head" or "position"; None takes "head" for q, k, v, z and "position" for the other kinds. Of a dictionary's
+        features the strongest are shown, feature x position, and "head" raises ValueError.
         Effects are red below and blue above zero, white at zero. Needs plotly; ImportError says so.
         """
         return heatmap(self, kind, by=by, over=over)
@@ -84,6 +85,7 @@ class Attribution(NodeScores):
                 self.space.positions,
                 list(self.space.widths.items()),
                 {kind: list(counts) for kind, counts in self.space.counts.items()},
+                {kind: list(layers) for kind, layers in self.space.only.items()},
             ],
             "per_pair": self.per_pair is not None,
             "prompts": self.prompts,
@@ -94,10 +96,10 @@ class Attribution(NodeScores):
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read what save wrote. Raises ValueError naming the path if it is no such file, or damaged."""
         with loading(path, "attribution") as (tensors, header):
-            layers, positions, widths, *more = header["space"]  # early files have no counts
-            counts = {kind: tuple(own) for part in more for kind, own in part.items()}
+            layers, positions, widths, *more = header["space"]  # early files have no more
+            by_layer = [{kind: tuple(own) for kind, own in part.items()} for part in more]
             prompts = header.get("prompts")  # files of early versions have none
-            space = NodeSpace(layers, positions, dict(widths), counts)
+            space = NodeSpace(layers, positions, dict(widths), *by_layer)
 
             def table(name: str) -> dict[str, Tensor]:
                 return {kind: tensors[f"{name}.{kind}"] for kind in space.kinds}

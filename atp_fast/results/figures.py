@@ -12,13 +12,15 @@ from torch import Tensor
 
 from atp_fast.extras import require
 from atp_fast.files import written_whole
-from atp_fast.nodes import ATTENTION_KINDS
+from atp_fast.nodes import ATTENTION_KINDS, FEATURES, Node, name_of
 from atp_fast.prompts.directions import sign_text
 from atp_fast.results.scores import By, NodeScores, Over
 
 FORMATS = ("svg", "png", "pdf")
 _LONGEST = 40
 """Characters of a token that a label shows."""
+STRONGEST = 32
+"""Features that a map shows, each in a row of its own."""
 
 
 def _template(
@@ -82,13 +84,22 @@ OPTIONS = {
 def heatmap(
     found: NodeScores, kind: str, *, by: By = "effect", over: Over | None = None, columns: int = 0
 ) -> Any:
-    """A plotly figure, layer x head or layer x position; see Attribution.heatmap. Raises ImportError, ValueError.
+    """A plotly figure, layer x head, layer x position or feature x position; see Attribution.heatmap.
+
+    Raises ImportError, ValueError.
 
     columns: where there are more positions, neighbours are summed into at most this many; 0 keeps all apart.
     """
     objects = require("plotly.graph_objects", "heatmap")
     over = over or ("head" if kind in ATTENTION_KINDS else "position")
     values = found.totals(kind, by=by, over=over).double().cpu()
+    of_features = kind.endswith(FEATURES)
+    if of_features:
+        if over == "head":
+            raise ValueError(f"over must be 'position' for {kind}, got {over!r}")
+        values, rows = _strongest(found, kind, by)
+    else:
+        rows = [str(layer) for layer in found.space.layers_of(kind)]
     if over == "position":
         values, names = _in_columns(found, values, columns)
         axis = found.axis
@@ -102,10 +113,12 @@ def heatmap(
         objects.Heatmap(
             z=values.float().numpy(),
             x=names,
+            y=rows if kind in found.space.only else None,
             autocolorscale=True,
             zmin=-limit if signed else 0.0,
             zmax=limit,
-            hovertemplate="layer %{y}, " + axis + " %{x}: %{z:.4g}<extra></extra>",
+            hovertemplate=f"{'' if of_features else 'layer '}%{{y}}, {axis}"
+            + " %{x}: %{z:.4g}<extra></extra>",
             colorbar={"title": {"text": by}},
         )
     )
@@ -118,14 +131,32 @@ def heatmap(
     figure.update_layout(
         title={"text": f"{html.escape(title)}<br><sub>{html.escape(note)}</sub>"},
         xaxis={"title": {"text": axis}, "type": "category"},
-        yaxis={"title": {"text": "layer"}, "dtick": 1 if len(values) <= 16 else None},
+        yaxis={
+            "title": {"text": "feature" if of_features else "layer"},
+            "dtick": 1 if len(values) <= 16 or of_features else None,
+            "type": "category" if kind in found.space.only else None,
+        },
         template=LIGHT,
         height=max(360, 160 + 16 * len(values)),
     )
     return figure
 
 
+def _strongest(found: NodeScores, kind: str, by: By) -> tuple[Tensor, list[str]]:
+    """Scores (features, positions) of the features that have the largest sum over positions, least first, and their names."""
+    scores = (found.effect if by == "effect" else found.contribution)[kind].double().cpu()
+    share = found.counts.to(scores) / len(found.clean_value)  # as in NodeScores.totals
+    strength = (scores.abs() * share[:, None]).sum(1).nan_to_num(0, 0, 0).flatten()
+    best = strength.topk(min(STRONGEST, len(strength))).indices.flip(0)
+    row, index = best // scores.shape[2], best % scores.shape[2]
+    layers = found.space.layers_of(kind)
+    nodes = [Node(kind, layers[r], 0, i) for r, i in zip(row.tolist(), index.tolist(), strict=True)]
+    return scores[row, :, index], [name_of(node) for node in nodes]
+
+
 def _summed(found: NodeScores, kind: str, over: Over) -> str:
+    if kind.endswith(FEATURES):
+        return ", the strongest"
     if over == "head":
         return f", sum over {found.axis}s"
     many = "neurons" if kind == "neuron" else "heads"

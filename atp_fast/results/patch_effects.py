@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atp_fast.extras import require
 from atp_fast.files import loading, save_tensors, write_csv
-from atp_fast.nodes import KINDS, Node
+from atp_fast.nodes import Node
 from atp_fast.prompts.directions import sign_text
 from atp_fast.results.scores import check_shape, check_strings, check_values
 
@@ -93,7 +93,8 @@ class PatchEffects:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all. Raises OSError naming the path."""
         sets = [[node] for node in self.nodes] if self.nodes is not None else self.subsets or []
-        rows = [[KINDS.index(node.kind), *node[1:]] for members in sets for node in members]
+        kinds = list(dict.fromkeys(node.kind for members in sets for node in members))
+        rows = [[kinds.index(node.kind), *node[1:]] for members in sets for node in members]
         tensors = {
             "effect": self.effect,
             "clean_value": self.clean_value,
@@ -103,7 +104,7 @@ class PatchEffects:
         if self.valid is not None:
             tensors["valid"] = self.valid
         header = {name: getattr(self, name) for name in _TEXT_FIELDS}
-        header |= {"kinds": KINDS, "single": self.nodes is not None}
+        header |= {"kinds": kinds, "single": self.nodes is not None}
         save_tensors(path, "patch_effects", tensors, header)
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_fast.nodes import Node, NodeSpace, check_kinds, label
+from atp_fast.nodes import KINDS, Node, NodeSpace, check_kinds, label
 from atp_fast.prompts.directions import sign_text
 from atp_fast.results.prompts import Prompt
 
@@ -176,9 +176,10 @@ class NodeScores:
         rows = []
         for node in nodes:
             self.space.check(node)
-            kind, *place = node
+            kind, layer, *place = node
+            at = (self.space.row(kind, layer), *place)
             contribution, effect = (
-                float(table[kind][tuple(place)]) for table in (self.contribution, self.effect)
+                float(table[kind][at]) for table in (self.contribution, self.effect)
             )
             token = self._token(node.position)
             rows.append(ScoredNode(*node, contribution, effect, token))
@@ -199,7 +200,8 @@ class NodeScores:
         return (scores * share[:, None]).sum(1)
 
     def _kinds(self, kinds: Iterable[str] | None) -> tuple[str, ...]:
-        chosen = self.space.kinds if kinds is None else check_kinds(kinds)
+        known = (*KINDS, *self.space.only)
+        chosen = self.space.kinds if kinds is None else check_kinds(kinds, known)
         for kind in chosen:
             self.space.shape(kind)
         return chosen
@@ -232,7 +234,9 @@ class NodeScores:
         starts = np.concatenate(([0], np.cumsum(len(live) * counts)))
         row = np.searchsorted(starts, flat, side="right") - 1
         column, index = np.divmod(flat - starts[row], counts[row])
-        which, layer = np.divmod(row, self.space.layers)
+        layers = [self.space.layers_of(kind) for kind in kinds]
+        which = np.repeat(np.arange(len(kinds)), [len(of_kind) for of_kind in layers])[row]
+        layer = np.concatenate(layers)[row]
         kind = np.array(kinds, dtype=object)[which]
         return {"kind": kind, "layer": layer, "position": live[column], "index": index}
 

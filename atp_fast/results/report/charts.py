@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from atp_fast.results.figures import heatmap
+from atp_fast.nodes import FEATURES, is_scalar
+from atp_fast.results.figures import STRONGEST, heatmap
 from atp_fast.results.scores import By, NodeScores
 
 CELLS = 50_000
@@ -28,11 +29,14 @@ class HeatMaps(NamedTuple):
 
 
 def heat_maps(found: NodeScores) -> HeatMaps:
-    """Maps of every kind and score; what a kind has one of, and neurons, have no map by head."""
+    """Maps of every kind and score; what a kind has one of, neurons and features have no map by head."""
     layers, widths = found.space.layers, found.space.widths
+    rows = 0
     figures, left_out, cells = {}, [], 0
     for kind, width in widths.items():
-        if kind == "neuron" or width == 1:
+        of_kind = len(found.space.layers_of(kind))
+        rows += min(STRONGEST, of_kind * width) if kind.endswith(FEATURES) else of_kind
+        if is_scalar(kind) or width == 1:
             continue
         needed = layers * width * len(_SCORES)
         if cells + needed > _HEAD_CELLS:
@@ -41,7 +45,7 @@ def heat_maps(found: NodeScores) -> HeatMaps:
         cells += needed
         for by in _SCORES:
             figures[f"head {kind} {by}"] = _rounded(heatmap(found, kind, by=by, over="head"))
-    room = (CELLS - cells) // (layers * len(widths) * len(_SCORES))
+    room = (CELLS - cells) // (rows * len(_SCORES))
     most = min(max(room, _FEWEST), _MOST)
     columns: list[str] = []
     for kind in widths:

@@ -72,7 +72,8 @@ const scores = headers.findIndex((header) => header.dataset.type === "score");
 const rows = [...body.rows].map((row) => {
   const cells = [...row.cells].map((cell) => cell.textContent);
   const [, kind, layer, index, place] = cells;
-  const names = [`l${layer}`, `${kind === "neuron" ? "n" : "h"}${index}`, `@${place}`];
+  const letter = kind === "neuron" ? "n" : kind.endsWith(".features") ? "f" : "h";
+  const names = [`l${layer}`, `${letter}${index}`, `@${place}`];
   return {row, cells, kind, names, text: [kind, ...cells.slice(4, scores)].join(" ").toLowerCase()};
 });
 
@@ -98,7 +99,7 @@ function filter() {
   let count = 0;
   for (const {row, kind, names, text} of rows) {
     // "l1" is a layer, and no part of "l12"
-    const wanted = (term) => /^[lhn@]\d+$/.test(term) ? names.includes(term) : text.includes(term);
+    const wanted = (term) => /^[lhnf@]\d+$/.test(term) ? names.includes(term) : text.includes(term);
     row.hidden = !(kinds.has(kind) && terms.every(wanted));
     count += !row.hidden;
   }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_fast.nodes import COARSE_KINDS, Node
+from atp_fast.nodes import Node, name_of
 from atp_fast.prompts.directions import sign_text
 from atp_fast.results.figures import visible
 from atp_fast.results.patch_effects import PatchEffects
@@ -70,14 +70,6 @@ def question(found: NodeScores) -> str:
 
 def provenance(found: NodeScores) -> dict[str, str]:
     return {"backend": found.backend, **found.metadata}
-
-
-def name_of(node: Node) -> str:
-    """A node without its position: `L5 H3 k`, `L5 N77`, `L5 mlp_out`."""
-    if node.kind == "neuron":
-        return f"L{node.layer} N{node.index}"
-    head = "" if node.kind in COARSE_KINDS else f"H{node.index} "
-    return f"L{node.layer} {head}{node.kind}"
 
 
 def shown_prompts(found: NodeScores) -> ShownPrompts:
@@ -159,14 +151,14 @@ def _best(found: NodeScores, columns: list[int]) -> dict[int, list[str]]:
     """The best nodes of each column, among all of them."""
     best: dict[int, list[tuple[float, str]]] = {column: [] for column in columns}
     for kind in found.space.kinds:
-        width = found.space.widths[kind]
+        width, layers = found.space.widths[kind], found.space.layers_of(kind)
         table = found.contribution[kind].nan_to_num(-1, -1, -1)
         for column in columns:
             flat = table[:, column].flatten()
             values, places = flat.topk(min(_NAMED, len(flat)))
             for value, place in zip(values.tolist(), places.tolist(), strict=True):
                 if value > 0:
-                    node = Node(kind, place // width, column, place % width)
+                    node = Node(kind, layers[place // width], column, place % width)
                     best[column].append((value, name_of(node)))
     return {
         column: [
