@@ -183,9 +183,9 @@ FAULTS = [
         DICTS + "scales",
     ),
     Fault(
-        "atp_fast/attribution/sweep.py",
-        "return min(dictionary.seat[0]",
-        "return 1 + min(dictionary.seat[0]",
+        "atp_fast/hf/plug.py",
+        "*(d.seat[0] for d in self.asked(kinds))",
+        "*(d.seat[0] + 1 for d in self.asked(kinds))",
         DICTS + "lowest",
     ),
     # cotangents' walk, sums in place, both prompts together, norms and rotations
