@@ -709,7 +709,7 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/results/attribution.py",
-        "dict(widths), counts)",
+        "dict(widths), *by_layer)",
         "dict(widths))",
         SHAPES + " -k files",
     ),
