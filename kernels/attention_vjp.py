@@ -364,7 +364,8 @@ KEY_CONFIGS = {
     (torch.float16, 256): (Blocks(32, 64, 1, 8, 2, width=64),),
     (torch.float32, 64): (
         Blocks(64, 128, 1, 8, 1, majors=(9,)),
-        Blocks(64, 32, 1, 8, 2, width=16, majors=(9, 10)),
+        Blocks(32, 64, 1, 8, 2, width=16, majors=(9,)),
+        Blocks(64, 32, 1, 8, 2, width=16, majors=(10,)),
         Blocks(16, 64, 1, 4, 2, width=16, majors=(8, 10)),
     ),
     (torch.float32, 128): (
