@@ -184,6 +184,16 @@ def test_bitsandbytes_weights_that_its_own_code_has_repacked() -> None:
     assert state(model) == before
 
 
+def test_biases_keep_their_type() -> None:
+    """bitsandbytes' own code casts them to that of its products."""
+    model, _ = layers.build("bitsandbytes-nf4")
+    bias = model.model.layers[1].mlp.up_proj.bias
+    bias.data = bias.data.to(torch.bfloat16)
+    before = state(model)
+    Engine(model)
+    assert state(model) == before
+
+
 # ---- adapters, embeddings, weights that are fetched
 
 
