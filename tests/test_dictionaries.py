@@ -7,6 +7,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import plotly.offline
 import pytest
 import torch
 from torch import Tensor, nn
@@ -526,28 +527,18 @@ def test_save_and_load(made: Any, tmp_path: Any) -> None:
 
 def test_figures_show_the_strongest(made: Any, tmp_path: Any) -> None:
     _, _, found, _ = made
+    layers = {"a.features": (2, 6), "a.error": (2, 6)}
+    space = NodeSpace(8, 4, {"neuron": 3, "a.features": 16000, "a.error": 1}, only=layers)
+    scores = {kind: torch.rand(space.shape(kind)) for kind in space.kinds}
+    words = ("method", "metric", "direction", "backend", "model")
     many = Attribution(
-        **{
-            **{
-                name: getattr(found, name)
-                for name in ("method", "metric", "direction", "backend", "model")
-            },
-            "space": (
-                space := NodeSpace(
-                    8,
-                    4,
-                    {"neuron": 3, "a.features": 16000, "a.error": 1},
-                    {"a.features": (2, 6), "a.error": (2, 6)},
-                )
-            ),
-            "contribution": (
-                scores := {kind: torch.rand(space.shape(kind)) for kind in space.kinds}
-            ),
-            "effect": scores,
-            "counts": torch.full((4,), 3),
-            "clean_value": torch.rand(3),
-            "corrupted_value": torch.rand(3),
-        }
+        contribution=scores,
+        effect=scores,
+        space=space,
+        counts=torch.full((4,), 3),
+        clean_value=torch.rand(3),
+        corrupted_value=torch.rand(3),
+        **{name: getattr(found, name) for name in words},
     )
     scores["a.features"][1, :, 777] += 5
     figure = many.heatmap("a.features")
@@ -560,8 +551,7 @@ def test_figures_show_the_strongest(made: Any, tmp_path: Any) -> None:
     many.report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "a.features" in page and "head, neuron or feature" in page
-    own = len(page) - len(__import__("plotly.offline").offline.get_plotlyjs())
-    assert own < 500_000
+    assert len(page) - len(plotly.offline.get_plotlyjs()) < 500_000
 
 
 def test_the_report_of_a_run(made: Any, tmp_path: Any) -> None:

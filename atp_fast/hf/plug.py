@@ -348,11 +348,11 @@ class Plug(LayeredModel):
             q=found.heads, k=found.kv_heads, v=found.kv_heads, z=found.heads, neuron=found.neurons
         )
         widths.update(dict.fromkeys(COARSE_KINDS, 1))
-        only: dict[str, list[int]] = {}
+        only: dict[str, tuple[int, ...]] = {}
         for dictionary in self.dictionaries:
             for kind, width in zip(dictionary.kinds, (dictionary.features, 1), strict=True):
                 widths[kind] = width
-                only.setdefault(kind, []).append(dictionary.layer)
+                only[kind] = (*only.get(kind, ()), dictionary.layer)
         return NodeSpace(
             found.layers,
             positions,
