@@ -20,6 +20,7 @@ from atp_fast.attribution.measured import measured_layers
 from atp_fast.attribution.memory import (
     Budget,
     SweepPlan,
+    end_row,
     estimate_sweep,
     patched_row,
     patched_rows,
@@ -266,9 +267,14 @@ def patch_estimate(
         stays = kept + stored <= budget.bytes // 2
         held = kept + stored
         kept += stored if stays else 0
-        for rows in _rows_of(plug, pairs, table, start + positions, budget.bytes - held, logits):
+        # one position is enough of the last layer's output
+        short = plug.moves and metric.positions == "last" and len(set(pairs.lengths.tolist())) == 1
+        whole = layers - 1 if short else layers
+        room = budget.bytes - held
+        for rows in _rows_of(plug, pairs, table, start + positions, room, logits, whole):
             row = patched_row(plug, rows.width, rows.begin, logits)
-            work = max(work, held + rows.rows * row)
+            end = end_row(plug, rows.width, rows.begin, logits) if short else 0
+            work = max(work, held + rows.whole * row, held + rows.rows * end)
             positions_run += rows.rows * rows.width * (layers - rows.layer)
             rows_run += rows.rows
             if largest is None or rows.rows * rows.width > largest.rows * largest.width:
@@ -283,18 +289,23 @@ def patch_estimate(
 
 
 class _Rows(NamedTuple):
-    """Patched rows that are run together: how many, from which position and layer on, over how many positions."""
+    """Patched rows that are run together: how many, how many of them in the last layer that is run whole, from which position
+    and, on average, layer on, over how many positions."""
 
     rows: int
+    whole: int
     begin: int
     layer: int
     width: int
 
 
 def _rows_of(
-    plug: Plug, pairs: PromptPairs, table: NodeTable, end: int, room: int, logits: int
+    plug: Plug, pairs: PromptPairs, table: NodeTable, end: int, room: int, logits: int, whole: int
 ) -> Iterator[_Rows]:
-    """The rows of a batch of pairs, as PatchSession runs them; with spans, from each span's first token on."""
+    """The rows of a batch of pairs, as PatchSession runs them; with spans, from each span's first token on.
+
+    whole: so many layers are run whole.
+    """
     columns = table.position[None].expand(len(pairs), -1)
     if pairs.spans is None:
         position = columns - pairs.starts.cpu()[:, None]
@@ -309,7 +320,9 @@ def _rows_of(
         begin = int(position[order[done]]) if plug.moves else 0
         count = patched_rows(plug, room, end - begin, begin, logits)
         rows = order[done : done + count]
-        yield _Rows(len(rows), begin, int(layer[rows].double().mean()), end - begin)
+        firsts = layer[rows]
+        active = int((firsts < whole).sum())
+        yield _Rows(len(rows), active, begin, int(firsts.double().mean()), end - begin)
         done += count
 
 

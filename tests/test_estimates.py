@@ -16,6 +16,7 @@ from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.hf import Plug
 from atp_fast.nodes import KINDS
 
+
 class Work:
     """A clock that counts work in place of seconds: rows times positions that layers are run on, and cotangents taken back."""
 

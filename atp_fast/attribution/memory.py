@@ -334,15 +334,28 @@ def patched_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:
     """
     found, item = plug.shares.held, plug.itemsize
     kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
-    # a layer's forward, its input and that with a patch, and a patched copy of its widest values
-    widest = max(found.neurons, found.heads * max(found.head_dim, found.v_dim))
-    layer = measured_layers(plug).forward + item * (2 * found.hidden + widest)
+    # a layer's forward, its input and that with a patch
+    layer = measured_layers(plug).forward + item * 2 * found.hidden
     keys_values = 2 * kv_heads  # the prefix, and the prefix with the row's own
     return positions * layer + item * (prefix * keys_values + logits * 6 * plug.vocabulary)
 
 
+def end_row(plug: Plug, positions: int, prefix: int, logits: int) -> int:
+    """The same in the last layer, where its output is needed at one position: its input, normed, and its keys and values."""
+    found, item = plug.shares.held, plug.itemsize
+    kv_heads = found.kv_heads * (found.head_dim + found.v_dim)
+    each = positions * (3 * found.hidden + 2 * kv_heads) + prefix * 2 * kv_heads
+    return item * (each + logits * 6 * plug.vocabulary)
+
+
 def patched_rows(plug: Plug, room: int, positions: int, prefix: int, logits: int) -> int:
-    """Rows of exact patching run at once in `room` bytes, at least one; the rest as `patched_row` has it."""
+    """Rows of exact patching run at once in `room` bytes, at least one; the rest as `patched_row` has it.
+
+    With room for a patched copy of the widest values, should that fall on the worst moment.
+    """
+    found = plug.shares.held
+    widest = max(found.neurons, found.heads * max(found.head_dim, found.v_dim))
     enough = -(-_rows_enough(plug, _ROWS_ENOUGH) // positions)
     room = max(0, room - plug.made_bytes)
-    return max(1, min(enough, room // patched_row(plug, positions, prefix, logits)))
+    row = patched_row(plug, positions, prefix, logits) + positions * plug.itemsize * widest
+    return max(1, min(enough, room // row))
