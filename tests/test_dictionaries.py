@@ -404,8 +404,8 @@ def test_the_plan_knows_the_features() -> None:
     size = SweepSize(positions=64, prefix=0, cotangents=4, kinds=("mlp_out.features",), logits=1)
     engine.add_dictionary(1, "mlp_out", lambda x: x @ weight, lambda f: f @ weight.T)
     plan = SweepPlan(2, 4, 3)
-    whole = 8 * 6 * 2 * 4 * 64 * 4096
-    for numbers, work in ((1 << 40, whole), (0, whole // 64), (2**20, 8 * 6 * 2**20)):
+    whole = 8 * (4 + 2 * 4) * 2 * 64 * 4096  # four copies, and two for each cotangent
+    for numbers, work in ((1 << 40, whole), (0, whole // 64), (2**20, 8 * 3 * 2**20)):
         estimate = estimate_sweep(plug, plan._replace(features=numbers), size)
         without = estimate_sweep(plug, plan, size._replace(kinds=("mlp_out",)))
         assert estimate == without + work
@@ -420,7 +420,6 @@ def test_features_keep_to_the_budget() -> None:
     """All at once they would take a gigabyte."""
     case = {"method": "atp*", "pairs": 1, "positions": 256, "budget": "300MB", "features": 32768}
     (found,) = measured("gpt_neox", [case])
-    assert found["peak"] > 1e8
     assert 0.7 <= found["estimate"] / found["peak"] <= 1.3, found
     assert found["estimate"] <= 3e8
 

@@ -34,8 +34,8 @@ _ROWS_ENOUGH = {"cpu": 2048, "cuda": 65536}
 _TAPED_ROWS_ENOUGH = {"cpu": 512, "cuda": 65536}
 # Numbers of a dictionary's features (positions times cotangents times features) at once, if an eighth of the budget holds them.
 _FEATURES_ENOUGH = {"cpu": 2**23, "cuda": 2**27}
-# Of as many: both runs' features, what encodes them, gradients, and effects that are summed over spans.
-_FEATURE_COPIES = 6
+# Both runs' features and what encodes them; and for each cotangent gradients, and these once more where they are summed.
+_FEATURE_COPIES, _GRADIENT_COPIES = 4, 2
 # Under "auto" tapes take this share of the budget; an explicit one is used up. A tape saves two forwards of its layer: two
 # fifths of plain AtP's work, a fifth of AtP*'s on twelve layers.
 _AUTO_TAPE_SHARE = 1 / 16
@@ -216,9 +216,11 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | N
 def _feature_bytes(plug: Plug, plan: SweepPlan, size: SweepSize) -> int:
     """Bytes that effects of dictionaries' nodes take while one layer's are found."""
     most = max((d.features for d in plug.asked(size.kinds)), default=0)
-    row = plan.pairs * min(plan.chunk, size.cotangents) * most
-    numbers = min(max(plan.features, row), row * size.positions)
-    return _wide(plug) * (_FEATURE_COPIES * numbers + 2 * size.spans * row)
+    chunk = min(plan.chunk, size.cotangents)
+    row = plan.pairs * most  # of one position and cotangent
+    numbers = min(max(plan.features // chunk, row), row * size.positions)
+    copies = _FEATURE_COPIES + _GRADIENT_COPIES * chunk
+    return _wide(plug) * (copies * numbers + 2 * size.spans * chunk * row)
 
 
 def _wide(plug: Plug) -> int:
@@ -228,7 +230,10 @@ def _wide(plug: Plug) -> int:
 
 def features_at_once(plug: Plug, room: int) -> int:
     """Numbers of a dictionary's features that an eighth of `room` bytes holds, as far as they are of use."""
-    return min(_rows_enough(plug, _FEATURES_ENOUGH), room // 8 // _FEATURE_COPIES // _wide(plug))
+    most = (
+        room // 8 // (_FEATURE_COPIES + _GRADIENT_COPIES) // _wide(plug)
+    )  # one cotangent takes most
+    return min(_rows_enough(plug, _FEATURES_ENOUGH), most)
 
 
 def plan_sweep(
