@@ -81,7 +81,7 @@ def test_the_page_on_dictionaries_runs(capsys):
     example, _ = examples("docs/dictionaries.md")
     scope: dict[str, object] = {}
     exec(compile(example, "dictionaries.md", "exec"), scope)
-    assert capsys.readouterr().out.splitlines()[1] == "torch.Size([1, 15, 2048])"
+    assert capsys.readouterr().out.splitlines()[1] == "torch.Size([1, 14, 2048])"
     assert scope["exact"].mean_abs.max() > 0
 
 
