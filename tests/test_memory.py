@@ -222,6 +222,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "precision": "bf16",
         },
         {"nodes": 60, "pairs": 1, "positions": 256, "budget": "200MB"},
+        # batches of many sizes, and few rows
+        {"nodes": 60, "pairs": 20, "positions": 60, "budget": "120MB"},
+        {"nodes": 7, "pairs": 4, "positions": 128, "budget": "200MB"},
         {
             "nodes": 60,
             "pairs": 2,
@@ -289,7 +292,7 @@ def test_many_pairs_keep_to_the_budget_of_patching() -> None:
 @PEAKS
 @pytest.mark.parametrize("name", CASES)
 def test_estimates_are_within_15_percent_of_measured_peaks(name: str) -> None:
-    """And patching keeps to its budget."""
+    """Of sweeps and of patching, which also keeps to its budget."""
     plans = []
     for case, found in zip(CASES[name], measured(name, CASES[name]), strict=True):
         budget = read_budget(case["budget"])
@@ -297,6 +300,7 @@ def test_estimates_are_within_15_percent_of_measured_peaks(name: str) -> None:
         if "nodes" in case:
             assert min(found["rows"]) > 1
             assert 0.3 * budget <= found["peak"] <= 1.1 * budget, (case, found)
+            assert 0.85 <= found["estimate"] / found["peak"] <= 1.15, (case, found)
             continue
         plans.append(tuple(found["plan"]))
         assert found["peak"] > 5e7
