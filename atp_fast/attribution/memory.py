@@ -230,9 +230,8 @@ def _wide(plug: Plug) -> int:
 
 def features_at_once(plug: Plug, room: int) -> int:
     """Numbers of a dictionary's features that an eighth of `room` bytes holds, as far as they are of use."""
-    most = (
-        room // 8 // (_FEATURE_COPIES + _GRADIENT_COPIES) // _wide(plug)
-    )  # one cotangent takes most
+    # one cotangent takes most
+    most = room // 8 // (_FEATURE_COPIES + _GRADIENT_COPIES) // _wide(plug)
     return min(_rows_enough(plug, _FEATURES_ENOUGH), most)
 
 
@@ -253,7 +252,7 @@ def plan_sweep(
     layers = len(plug.layers)
     rows = _rows_enough(plug, _ROWS_ENOUGH)
 
-    features = features_at_once(plug, budget.bytes)
+    features = features_at_once(plug, budget.bytes) if plug.asked(size.kinds) else 0
 
     def fits(batch: int, chunk: int, tapes: int) -> bool:
         plan = SweepPlan(batch, chunk, layers - tapes, features=features)
