@@ -78,6 +78,46 @@ def test_layers_on_two_devices(
     assert float(exact.effect.abs().max()) > 0
 
 
+@pytest.mark.parametrize("far", [(1,), (0, 2)])
+def test_dictionaries_are_tried_where_they_work(far: tuple[int, ...]) -> None:
+    """Behind a layer on one device is before the next one on the other: a dictionary is given all its values there."""
+    seats = ((0, "resid_post"), (1, "resid_pre"), (1, "z"), (1, "resid_post"), (2, "resid_post"))
+    model = zoo.build("llama", wide_norms=True)
+    pairs = zoo.mixed_pairs(model, "left")
+    devices: dict[str, list[torch.device]] = {}
+
+    def add_all(engine: Engine) -> list[str]:
+        kinds: list[str] = []
+        for layer, site in seats:
+            name = f"{site}{layer}"
+
+            def encode(x: Tensor, name: str = name) -> Tensor:
+                devices.setdefault(name, []).append(x.device)
+                return x.relu()
+
+            kinds += engine.add_dictionary(layer, site, encode, torch.tanh, name=name)
+        return kinds
+
+    engine = Engine(model, "reference")
+    kinds = add_all(engine)
+    wanted = engine.attribute(pairs, nodes=kinds, progress=False)
+    nodes = [node for kind in kinds for node in wanted.top(2, kinds=[kind])]
+    exact = engine.patch(pairs, nodes, progress=False)
+    devices.clear()
+    with FarDevice():
+        engine = Engine(spread("llama", far), "reference")
+        add_all(engine)
+        found = engine.attribute(pairs, nodes=kinds, progress=False)
+        patched = engine.patch(pairs, nodes, progress=False)
+    for name, used in devices.items():
+        assert len(set(used)) == 1, name
+    assert FAR in devices["resid_post1" if 2 in far else "resid_pre1"]
+    for kind, right in wanted.contribution.items():
+        assert float(right.abs().max()) > 0
+        assert (found.contribution[kind] - right).abs().max() <= 1e-12 * right.abs().max(), kind
+    assert (patched.effect - exact.effect).abs().max() <= 1e-12 * exact.effect.abs().max()
+
+
 @pytest.mark.parametrize("pairs", ["left", "all left"])
 def test_importances_of_layers_on_two_devices(pairs: str) -> None:
     model = zoo.build("llama", wide_norms=True)

@@ -412,7 +412,7 @@ class Plug(LayeredModel):
         return found
 
     def _values_at(self, number: int, kind: str) -> Tensor:
-        """A kind's values in a layer on a few tokens; before the layer behind the last one, the last one's output."""
+        """A kind's values in a layer, where it runs, on a few tokens; before the layer behind the last one, the last one's output."""
         seen: list[Tensor] = []
 
         def keep(name: str, value: Tensor) -> Tensor:
@@ -426,4 +426,4 @@ class Plug(LayeredModel):
             for layer in range(last):
                 run = LayerRun(self.backend, keep, kinds=(kind,))
                 x = self.run_layer(layer, x, arguments[layer], run)
-        return x if kind == "resid_pre" else seen[-1]
+        return self.moved(x, number) if kind == "resid_pre" else seen[-1]
