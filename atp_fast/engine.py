@@ -94,10 +94,8 @@ class Engine:
         Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width),
         on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
-        chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
-        self.plug.shares.check_same(
-            **_facts(run_pairs, measure), method=method, nodes=space.kinds, per_pair=per_pair
-        )
+        asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
+        chosen, run_pairs, measure, space = asked
         dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
         keep = len(pairs) if per_pair else 0
         held = self.plug.shares.space(space)
@@ -169,8 +167,11 @@ class Engine:
     ) -> Estimate:
         """What `patch` would take with the same arguments, as `estimate` says it."""
         listed = list(nodes)
+        if not listed:
+            raise ValueError("nodes must not be empty, got []")
         kinds = self._checked_kinds(pairs, listed)
         self._check_estimated(kinds)
+        self.plug.shares.check_same(nodes=listed)
         patching = self.patching(pairs, kinds, metric, direction)
         return patch_estimate(self.plug, patching, listed, self._budget())
 
@@ -188,7 +189,8 @@ class Engine:
 
         Nothing but a layer of each kind is run, on the first batch of pairs.
         """
-        chosen, run_pairs, measure, space = self._asked(pairs, metric, method, nodes, direction)
+        asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
+        chosen, run_pairs, measure, space = asked
         self._check_estimated(space.kinds)
         dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
         budget = self._budget()
@@ -408,6 +410,7 @@ class Engine:
         method: str,
         nodes: Sequence[str],
         direction: Direction,
+        per_pair: bool,
     ) -> tuple[Method, PromptPairs, Metric, NodeSpace]:
         """An attribution's arguments, checked: the method, the pairs as they are run, the metric and the nodes."""
         chosen = check_method(method)
@@ -420,6 +423,9 @@ class Engine:
             raise NotImplementedError(
                 f"method {method!r} is not served on {self.plug.name}: {reason}"
             )
+        self.plug.shares.check_same(
+            **_facts(run_pairs, measure), method=method, nodes=space.kinds, per_pair=per_pair
+        )
         return chosen, run_pairs, measure, space
 
     def _budget(self) -> Budget:

@@ -124,9 +124,8 @@ class _Trial:
         if batch.prefix is not None:
             batch = replace(batch, prefix=_only(batch.prefix, number, copies))
         pairs = len(batch.pairs)
-        scores = _OneLayer(
-            plug, number, call.space, call.method, call.dtype, pairs if call.per_pair else 0
-        )
+        space, kept = plug.shares.space(call.space), pairs if call.per_pair else 0
+        scores = _OneLayer(plug, number, space, call.method, call.dtype, kept)
         kinds = scores.space.kinds
         rows = torch.arange(pairs, device=plug.device)
         at = batch.place(rows, call.space.positions), batch.spans
@@ -214,7 +213,7 @@ def sweep_estimate(
     fetching *= 2 * -(-len(pairs) // plan.pairs)  # forwards, and the way back, of every group
     ahead = plan.held is not None and plan.held.ahead
     seconds = max(working, fetching) if ahead else working + fetching
-    return Estimate(seconds, by_device(plug, result, work), len(batches))
+    return Estimate(plug.shares.largest(seconds), by_device(plug, result, work), len(batches))
 
 
 def _sweep_seconds(
@@ -285,7 +284,8 @@ def patch_estimate(
             layer, top = _row_seconds(plug, patching.pairs, largest)
         seconds = layer * (positions_run + layers * stored_positions) + top * rows_run
     result = 8 * len(patching.pairs) * len(nodes)
-    return Estimate(seconds, by_device(plug, result, work), len(patching.batches))
+    seconds, devices = plug.shares.largest(seconds), by_device(plug, result, work)
+    return Estimate(seconds, devices, len(patching.batches))
 
 
 class _Rows(NamedTuple):
@@ -328,23 +328,24 @@ def _rows_of(
 
 def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, float]:
     """Of a layer, per position of these rows, the mean of all layers; and of one row's logits at one position."""
-    clock, found = _Clock(plug.device), plug.inspection
+    clock = _Clock(plug.device)
     prompt = pairs[:1].right_padded(rows.begin + rows.width).to(plug.device)
     one, arguments = plug.enter(prompt.clean_ids[:, rows.begin :], rows.begin)
+    before = Entered(*plug.enter(prompt.clean_ids[:, : rows.begin])) if rows.begin else None
     index = torch.zeros(rows.rows, dtype=torch.int64)
     x = one.expand(rows.rows, -1, -1).contiguous()
-    prefix = None
-    if rows.begin:
-        shape = (rows.rows, found.kv_heads, rows.begin)
-        prefix = Prefix(*(x.new_zeros(*shape, dim) for dim in (found.head_dim, found.v_dim)))
     seconds = 0.0
     with torch.no_grad():
-        for numbers in plug.alike:
-            given = arguments[numbers[0]].rows(index, 1)
+        for first, *others in plug.alike:
+            prefix = None
+            if before is not None:
+                kept = plug.keys_values(first, before.x, before.arguments[first], None, None)
+                prefix = Prefix(*(t.expand(rows.rows, -1, -1, -1) for t in kept))
+            given = arguments[first].rows(index, 1)
             for _ in range(2):  # the first time warms up
                 run = LayerRun(plug.backend, prefix=prefix)
-                layer = clock(plug.run_layer, numbers[0], x, given, run)[1]
-            seconds += layer * len(numbers) / len(plug.layers)
+                layer = clock(plug.run_layer, first, x, given, run)[1]
+            seconds += layer * (1 + len(others)) / len(plug.layers)
         for _ in range(2):
             top = clock(plug.logits, x[:, :1])[1]
     return seconds / (rows.rows * rows.width), top / rows.rows

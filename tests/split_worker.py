@@ -137,6 +137,14 @@ def write(folder: Path) -> None:
         zoo.build("llama", **settings).save_pretrained(folder / name)
 
 
+def estimates(model: Any) -> list[Any]:
+    """What calls will take."""
+    engine, pairs = Engine(model), zoo.mixed_pairs(model, "left")
+    nodes = [n for i, n in enumerate(engine.plug.space(pairs.width, KINDS)) if i % 37 == 5]
+    found = [engine.estimate(pairs, nodes=KINDS), engine.estimate_patch(pairs, nodes)]
+    return [(x.seconds, [each.result for each in x.devices.values()]) for x in found]
+
+
 def load(folder: Path, rules: dict[str, str] | None = None) -> Any:
     plan = DistributedConfig(tp_size=2, tp_plan=rules or None)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan).eval()
@@ -195,6 +203,10 @@ def trouble(folder: Path, rank: int) -> dict[str, str]:
         raise RuntimeError("no metric")
 
     said["other pairs"] = complaint(lambda: engine.attribute(pairs[rank:]))
+    said["other pairs of an estimate"] = complaint(lambda: engine.estimate(pairs[rank:]))
+    said["other nodes of an estimate"] = complaint(
+        lambda: engine.estimate_patch(pairs, [Node("z", 0, 4, rank)])
+    )
     said["other method"] = complaint(lambda: engine.attribute(pairs, method=METHODS[rank]))
     said["other metric"] = complaint(lambda: engine.patching(pairs, ("z",), ("nll", "kl")[rank]))
     said["other nodes"] = complaint(lambda: engine.patch(pairs, [Node("z", 0, 4, rank)]))
@@ -238,6 +250,7 @@ def main(folder: Path) -> None:
         if name == "llama":
             found["many"] = many_answers(model, rank)
             found["traffic"] = traffic(model)
+            found["estimates"] = estimates(model)
             group = Engine(model).plug.shares.group
             assert group is not None
             nan = (float("nan"), 3.0)[rank]

@@ -119,6 +119,14 @@ def test_layers_that_differ(change: Callable[[PreTrainedModel], None], shared: i
     assert (exact - right).abs().max() <= LIMIT * right.abs().max()
 
 
+def test_patched_rows_behind_a_prefix_are_tried_in_every_layer() -> None:
+    model = zoo.build("llama", wide_norms=True)
+    other_heads(model)
+    pairs = zoo.random_pairs(model, 3, 7, shared_prefix=3)
+    estimate = Engine(model, "reference").estimate_patch(pairs, [Node("k", 1, 5, 3)], "nll")
+    assert estimate.seconds > 0
+
+
 def test_what_is_listed() -> None:
     """Tables, tops, candidates and files count the nodes that there are."""
     model = zoo.build("llama", wide_norms=True)

@@ -179,6 +179,16 @@ def test_what_is_agreed_on_is_the_largest_and_nan_counts(both: list[dict[str, An
         assert found["largest"][:2] == (0.0, 1.0) and found["largest"][2] != found["largest"][2]
 
 
+def test_estimates_are_of_the_whole_and_the_same_in_both_processes(
+    folder: Path, both: list[dict[str, Any]]
+) -> None:
+    sizes = [result for _, result in worker.estimates(whole(folder, "llama"))]
+    for found in both:
+        assert found["estimates"] == both[0]["estimates"]
+        assert [result for _, result in found["estimates"]] == sizes
+        assert all(seconds > 0 for seconds, _ in found["estimates"])
+
+
 def test_sweeps_are_not_recorded_by_one_process_alone(
     folder: Path, both: list[dict[str, Any]]
 ) -> None:
@@ -196,6 +206,8 @@ def test_a_call_leaves_the_model_as_it_was(both: list[dict[str, Any]]) -> None:
 PLAN = "LlamaForCausalLM is not served: its tensor-parallel plan splits what cannot be split here: model.layers.0."
 TROUBLE = {
     "other pairs": "ValueError: pairs must be the same in every process that shares the model, got (",
+    "other pairs of an estimate": "ValueError: pairs must be the same in every process that shares the model, got (",
+    "other nodes of an estimate": "ValueError: nodes must be the same in every process that shares the model, got [Node(",
     "other method": "ValueError: method must be the same in every process that shares the model, got 'atp+qk' in process 1 "
     "and 'atp' in process 0",
     "other metric": "ValueError: metric must be the same in every process that shares the model, got 'kl' in process 1",
