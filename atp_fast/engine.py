@@ -167,9 +167,9 @@ class Engine:
     ) -> Estimate:
         """What `patch` would take with the same arguments, as `estimate` says it."""
         listed = list(nodes)
+        kinds = self._checked_kinds(pairs, listed)
         if not listed:
             raise ValueError("nodes must not be empty, got []")
-        kinds = self._checked_kinds(pairs, listed)
         self._check_estimated(kinds)
         self.plug.shares.check_same(nodes=listed)
         patching = self.patching(pairs, kinds, metric, direction)
@@ -251,6 +251,7 @@ class Engine:
         exclude: the verified nodes, such as `patch(...).nodes`; nodes: the kinds the bound is about. Nodes before the
         first differing token have effect 0 and are left out.
         """
+        self.check_pairs(directed(pairs, direction))
         space = self.plug.space(pairs.width, check_kinds(nodes, self.plug.kinds))
         candidates = [space.node(int(flat)) for flat in moving_ids(space, pairs)]
         known = set(candidates)
@@ -305,15 +306,13 @@ class Engine:
         direction: Direction,
         progress: bool | None,
     ) -> PatchEffects:
-        if not isinstance(pairs, PromptPairs):
-            raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
         sets = [list(subset) for subset in subsets] if subsets is not None else None
         members = nodes if nodes is not None else [node for subset in sets or [] for node in subset]
         distinct = members if sets is None else list(dict.fromkeys(members))
         columns = len(distinct) if sets is None else len(sets)
+        kinds = self._checked_kinds(pairs, distinct)
         if columns == 0:
             raise ValueError(f"{'nodes' if sets is None else 'subsets'} must not be empty, got []")
-        kinds = self._checked_kinds(pairs, distinct)
         numbers = None
         if sets is not None:
             place = {node: i for i, node in enumerate(distinct)}
@@ -397,6 +396,8 @@ class Engine:
 
     def _checked_kinds(self, pairs: PromptPairs, nodes: Sequence[Node]) -> tuple[str, ...]:
         """The kinds of nodes that can be patched on these pairs; raises ValueError where one cannot."""
+        if not isinstance(pairs, PromptPairs):
+            raise TypeError(f"pairs must be PromptPairs, got {type(pairs).__name__}")
         kinds = self._kinds_of(nodes)
         space = self.plug.space(pairs.width, kinds)
         for node in nodes:

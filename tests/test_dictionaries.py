@@ -805,6 +805,16 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
         "decode must depend on the features",
         refused(decode=lambda f: torch.ones(len(f), HIDDEN, dtype=f.dtype, requires_grad=True) * 1),
     ),
+    "in place": (
+        ValueError,
+        "encode must leave the values that it is given as they are",
+        refused(encode=lambda x: x.relu_(), decode=lambda f: f.tanh()),
+    ),
+    "one row": (
+        ValueError,
+        "encode must take one row of values, got ZeroDivisionError: division by zero",
+        refused(encode=lambda x: x if len(x) > 1 else 1 / 0, decode=lambda f: f.tanh()),
+    ),
     "batch": (
         NotImplementedError,
         "encode must treat every position by itself",

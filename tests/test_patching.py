@@ -425,6 +425,16 @@ def test_no_nodes() -> None:
 
 WRONG: dict[str, tuple[Callable[[Engine, PromptPairs], object], type[Exception], str]] = {
     "pairs": (lambda e, p: e.patch(p.clean_ids, []), TypeError, "pairs must be PromptPairs"),
+    "pairs to estimate": (
+        lambda e, p: e.estimate_patch(p.clean_ids, []),
+        TypeError,
+        "pairs must be PromptPairs",
+    ),
+    "pairs of a bound": (
+        lambda e, p: e.bound_missed(p.clean_ids),
+        TypeError,
+        "pairs must be PromptPairs",
+    ),
     "layer": (
         lambda e, p: e.patch(p, [Node("q", 3, 0, 0)]),
         ValueError,

@@ -72,7 +72,12 @@ class Dictionary:
         rule and what came.
         """
         given = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        before = x.clone()
         features = _called("encode", self.encode, x, given)
+        if not torch.equal(x, before):
+            raise ValueError(
+                "encode must leave the values that it is given as they are, got others in their place"
+            )
         if features.ndim != 2 or len(features) != len(x) or not features.shape[1]:
             raise ValueError(
                 f"encode must give one row of features for each of {len(x)} values, got {tuple(features.shape)} for {given}"
@@ -104,7 +109,8 @@ class Dictionary:
             return not bool(torch.linalg.vector_norm(found - wanted) <= tolerance * scale)
 
         rows = [x[i : i + 1] for i in range(len(x))]
-        if differs(torch.cat([self.encode(row) for row in rows]), features):
+        alone = [_called("encode", self.encode, row, "one row of values") for row in rows]
+        if differs(torch.cat(alone), features):
             raise NotImplementedError(
                 "encode must treat every position by itself, got features that depend on the others in the batch (BatchTopK, "
                 "or a model of sequences?): no pair would have effects of its own"
