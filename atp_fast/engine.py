@@ -168,8 +168,6 @@ class Engine:
         """What `patch` would take with the same arguments, as `estimate` says it."""
         listed = list(nodes)
         kinds = self._checked_kinds(pairs, listed)
-        if not listed:
-            raise ValueError("nodes must not be empty, got []")
         self._check_estimated(kinds)
         self.plug.shares.check_same(nodes=listed)
         patching = self.patching(pairs, kinds, metric, direction)
