@@ -39,7 +39,7 @@ class FeatureEffects:
     def __init__(
         self, plug: Plug, scores: Scores, plan: SweepPlan, place: Place, spans: Tensor | None
     ) -> None:
-        """spans: which positions each span sums, as PairRuns.spans gives them."""
+        """spans: which positions each span sums, as Batch has them."""
         self.scores, self.place, self.spans = scores, place, spans
         self.kinds, self.backend = scores.space.kinds, plug.backend
         self.dictionaries, self._plan = plug.asked(self.kinds), plan
