@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist w
 
 .PHONY: gpu docs package test-integrations demo test check test-interpret test-compile sanitize build model \
 	bench-kernels bench-engine bench-peers bench-scaling bench-patching bench-products bench-roofline \
-	bench-launches coverage mutants study study-quick clean
+	bench-launches bench-large coverage mutants study study-quick clean
 
 demo: build model
 	$(BIN)/atp-fast demo --out runs/demo
@@ -99,7 +99,7 @@ package: build
 test-compile: build
 	$(PYTEST) tests/test_kernels_compile.py tests/compile_all_kernels.py
 
-bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patching bench-launches: bench-%: build model
+bench-kernels bench-products bench-engine bench-peers bench-scaling bench-patching bench-launches bench-large: bench-%: build model
 	$(BIN)/python bench/bench_$*.py
 
 bench-roofline: build

@@ -238,13 +238,15 @@ def _sweep_seconds(
 
 
 def _tried(plug: Plug, plan: SweepPlan) -> Iterator[tuple[list[int], bool]]:
-    """Layers that take the same time, and whether they leave tapes."""
-    groups: dict[tuple[int, int | None, bool], list[int]] = {}
+    """Layers that take the same time, and whether they leave tapes; those that are fetched apart from those that are not."""
+    fetched = plug.fetched_bytes()
+    groups: dict[tuple[int, int | None, bool, bool], list[int]] = {}
     for kind, numbers in enumerate(plug.alike):
         for number in numbers:
             taped = number >= plan.taped_from
-            groups.setdefault((kind, plug.inspection.windows[number], taped), []).append(number)
-    return ((numbers, taped) for (_, _, taped), numbers in groups.items())
+            window = plug.inspection.windows[number]
+            groups.setdefault((kind, window, number in fetched, taped), []).append(number)
+    return ((numbers, taped) for (*_, taped), numbers in groups.items())
 
 
 def patch_estimate(

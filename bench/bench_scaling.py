@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from cases import build, random_pairs
+from cases import build, count_reads, random_pairs
 from measure import (
     Timing,
     alone,
@@ -41,12 +40,10 @@ from measure import (
 )
 from random_models import LLAMA_90M, NEOX_160M, NEOX_SMALL
 from rows import RESULTS, RowFile
-from torch import Tensor
 
 from atp_fast.attribution.literal import literal_attribution
 from atp_fast.distributed import attribute_sharded
 from atp_fast.engine import Engine
-from atp_fast.hf.placement import Fetcher
 from atp_fast.prompts.pairs import PromptPairs
 
 built = functools.lru_cache(maxsize=1)(build)
@@ -170,7 +167,7 @@ def bench_streamed(options: argparse.Namespace) -> None:
         model = build(LLAMA_90M)
         place = {"model.layers": "disk", "model": "cpu", "lm_head": "cpu"}
         accelerate.dispatch_model(model, place, main_device="cpu", offload_dir=folder)
-        read = _count_reads(Path(folder))
+        read = count_reads(Path(folder))
         engine = Engine(model)
         engine.attribute(random_pairs(model, 1, 16), method="atp", progress=False)
         for number in (1, 2) if options.quick else (1, 4, 16):
@@ -199,23 +196,6 @@ def bench_streamed(options: argparse.Namespace) -> None:
                 for metric, values in (("seconds", timing.wall), ("cpu_seconds", timing.cpu)):
                     file.add([x / number for x in values], metric=f"{metric}_per_pair", **columns)
                 file.add([fetched[mode]], metric="read_bytes", **columns)
-
-
-def _count_reads(folder: Path) -> list[int]:
-    """Bytes of each fetch from now on; what was read leaves the page cache."""
-    read: list[int] = []
-    own = Fetcher.fetch
-
-    def fetch(self: Fetcher) -> dict[str, Tensor]:
-        values = own(self)
-        for name, value in values.items():
-            read.append(value.nbytes)
-            with (folder / f"{self.hook.weights_map.prefix}{name}.dat").open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return values
-
-    Fetcher.fetch = fetch  # type: ignore[method-assign]
-    return read
 
 
 def bench_processes(options: argparse.Namespace) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from random_models import build_random, random_prompts
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from atp_fast.hf.placement import Fetcher
 from atp_fast.models import DEMO_MODEL, load_model
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -55,3 +59,20 @@ def operations(model: PreTrainedModel, positions: int, graddrop: bool) -> float:
     layers = model.config.num_hidden_layers
     forward, vjp = layer_operations(model, positions)
     return layers * (2 * forward + vjp * ((layers + 1) / 2 if graddrop else 1))
+
+
+def count_reads(folder: Path) -> list[int]:
+    """Bytes of each fetch of weights that lie in a folder, from now on; what was read leaves the page cache."""
+    read: list[int] = []
+    own = Fetcher.fetch
+
+    def fetch(self: Fetcher) -> dict[str, Tensor]:
+        values = own(self)
+        for name, value in values.items():
+            read.append(value.nbytes)
+            with (folder / f"{self.hook.weights_map.prefix}{name}.dat").open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return values
+
+    Fetcher.fetch = fetch  # type: ignore[method-assign]
+    return read
