@@ -32,7 +32,7 @@ from atp_fast.attribution.runs import taped as tape_of
 from atp_fast.attribution.scores import Scores, weight_tables
 from atp_fast.attribution.streaming import StreamPlan
 from atp_fast.attribution.sweep import key_fixed, sweep_layer, sweep_size, top_cotangent
-from atp_fast.hf import LayerRun, Plug, Prefix
+from atp_fast.hf import ENDS, LayerRun, Plug, Prefix
 from atp_fast.metrics import Metric
 from atp_fast.nodes import Node, NodeSpace
 from atp_fast.patching.sessions import NodeTable, Patching
@@ -219,11 +219,12 @@ def sweep_estimate(
 def _sweep_seconds(
     plug: Plug, pairs: PromptPairs, plan: SweepPlan, call: SweepCall
 ) -> tuple[float, float]:
-    """Of one batch's work, and of fetching every layer's weights once."""
+    """Of one batch's work, and of fetching all weights that are fetched once."""
     clock, extent = _Clock(plug.device), sweep_extent(plug, pairs)
-    enter_pairs(plug, pairs, *extent)
-    batch, working = clock(lambda: enter_pairs(plug, pairs, *extent))
-    fetching = 0.0
+    with contextlib.ExitStack() as stack:
+        fetching = clock(stack.enter_context, plug.holding(ENDS))[1]
+        enter_pairs(plug, pairs, *extent)
+        batch, working = clock(lambda: enter_pairs(plug, pairs, *extent))
     runs: list[PairRuns] = []
     for mine, taped in _tried(plug, plan):
         with contextlib.ExitStack() as stack:
@@ -232,8 +233,9 @@ def _sweep_seconds(
         swept = sum(trial.sweep(call.cotangents(plug, number)) for number in mine)
         working += len(mine) * trial.forward + swept
         runs = [trial.runs]
-    for _ in range(2):
-        top = clock(top_cotangent, plug, runs[0], call.metric)[1]
+    with plug.holding(ENDS):
+        for _ in range(2):
+            top = clock(top_cotangent, plug, runs[0], call.metric)[1]
     return working + top, fetching
 
 

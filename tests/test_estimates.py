@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import zoo
 from atp_fast import Engine
 from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.hf import Plug
+from atp_fast.hf.placement import Fetcher
 from atp_fast.nodes import KINDS
 
 
@@ -66,3 +68,27 @@ def test_seconds_are_those_of_all_layers_and_batches(
     assert estimate.seconds == pytest.approx(work.done - before, rel=1e-9)
     if estimate.batches == 4:
         assert tried < work.done - before
+
+
+@pytest.mark.parametrize("what", ["odd layers", "all"])
+def test_only_what_is_fetched_takes_time_to_fetch(
+    work: Work, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are work too; the lowest layer may lie in memory and others of its kind on disk, and the ends with them."""
+    pytest.importorskip("accelerate")
+    from offloaded import offload
+
+    own = Fetcher.fetch
+
+    def fetch(fetcher: Fetcher) -> Any:
+        work.done += sum(fetcher.sizes())
+        return own(fetcher)
+
+    model = offload(zoo.build("llama", num_hidden_layers=7), tmp_path, what)
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    engine = Engine(model, "reference", memory_budget="60KB")
+    pairs = zoo.random_pairs(model, 4, 9)
+    estimate = engine.estimate(pairs, nodes=KINDS)
+    before = work.done
+    engine.attribute(pairs, nodes=KINDS, progress=False)
+    assert estimate.seconds == pytest.approx(work.done - before, rel=1e-9)
