@@ -82,10 +82,10 @@ class Shape(NamedTuple):
 
 # 80 GB: weights, a call's budget, its result (3 GB) and 5 GB to spare
 LLAMA_70B = Shape(
-    "llama-70b", 80, 8192, 64, 8, 28672, 128256, 8, 80, 56 * 10**9, 16 * 10**9, 64 * 10**9
+    "llama-70b", 80, 8192, 64, 8, 28672, 128256, 9, 80, 56 * 10**9, 16 * 10**9, 64 * 10**9
 )
 HUNDREDTH = Shape(
-    "llama-0.7b-80l", 80, 832, 8, 1, 2912, 12826, 8, 8, 56 * 10**7, 16 * 10**7, 64 * 10**7
+    "llama-0.7b-80l", 80, 832, 8, 1, 2912, 12826, 9, 8, 56 * 10**7, 16 * 10**7, 64 * 10**7
 )
 TINY = Shape("llama-tiny-12l", 12, 512, 8, 1, 1792, 1283, 8, 16, 52 * 10**6, 48 * 10**6, 10**7)
 SHAPES = {shape.name: shape for shape in (LLAMA_70B, HUNDREDTH, TINY)}
@@ -198,7 +198,7 @@ def print_run(shape: Shape) -> None:
         engine = Engine(model, memory_budget=shape.budget)
         pairs = random_pairs(model, shape.pairs, shape.positions)
         found = planned(engine, shape, pairs)
-        # oneDNN keeps a program for every number of rows that it has multiplied: it is counted apart
+        # oneDNN keeps a program for every number of rows that it has multiplied: those are counted apart
         before = reset_peak()
         few = pairs[: int(found["pairs_at_once"])]
         engine.attribute(few, METRIC, METHOD, KINDS, progress=False)

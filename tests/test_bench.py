@@ -120,3 +120,25 @@ def test_the_roofline_counts_the_tiles_of_a_causal_square(keys, queries_at_once,
     whole = [(m, n) for m, n in tiles if m * queries_at_once >= (n + 1) * keys_at_once - 1]
     assert whole_pairs(keys, queries_at_once, keys_at_once, "query") == len(whole)
     assert whole_pairs(keys, keys_at_once, queries_at_once, "key") == len(whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+def test_a_model_larger_than_its_card_takes_what_its_plan_says(tmp_path):
+    """The plan from two layers is that of the whole model, fetches are counted exactly, and the measured peak is near."""
+    pytest.importorskip("accelerate")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(BENCH / "bench_large.py"), "--quick", "--out", str(tmp_path / "rows")],
+        env=environment,
+        check=True,
+    )
+    found = {}
+    for row in RowFile(tmp_path / "rows").read():
+        found.setdefault(row["op"], {})[row["metric"]] = float(row["median"])
+    plan, run = found["plan"], found["run"]
+    for metric in plan.keys() & run.keys() - {"planned_seconds", "planned_layer_seconds"}:
+        assert plan[metric] == run[metric], metric
+    off_card = run["host_bytes"] + run["disk_bytes"]
+    assert off_card > run["card_bytes"] / 2
+    assert run["read_bytes"] == run["planned_read_bytes"] == 2 * off_card
+    assert 0.85 <= run["planned_peak_bytes"] / run["extra_peak_bytes"] <= 1.15, run
