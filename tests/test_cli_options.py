@@ -69,6 +69,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("prompts.pairs", "PromptPairs.from_jsonl"),
         ("engine", "Engine.__init__"),
         ("engine", "Engine.attribute"),
+        ("engine", "Engine.estimate"),
+        ("engine", "Engine.estimate_patch"),
         ("engine", "Engine.patch"),
         ("engine", "Engine.bound_missed"),
         ("distributed", "attribute_sharded"),
@@ -98,6 +100,7 @@ def attribute(calls: Calls, folder: Path) -> set[str]:
         "--precision": "bf16",
         "--memory-budget": "123MB",
         "--shard-size": 2,
+        "--tensor-parallel": 1,
         "--out": folder / "task",
         "--top": 3,
         "--table-rows": 4,
@@ -105,7 +108,8 @@ def attribute(calls: Calls, folder: Path) -> set[str]:
     prompts = {"--task": "induction", "--n-pairs": 5, "--seed": 7}
     given = {"--model": GPT2, **prompts, **method}
     out = run("attribute", *(x for pair in given.items() for x in pair))
-    assert only(calls, "load_model") == {"name": GPT2, "dtype": "float64"}
+    loaded = {"name": GPT2, "dtype": "float64", "tensor_parallel": 1}
+    assert only(calls, "load_model") == loaded
     load = only(calls, "load_task")
     assert (load["name"], load["n_pairs"], load["seed"]) == ("induction", 5, 7)
     engine = only(calls, "Engine.__init__")
@@ -306,7 +310,38 @@ def demo(calls: Calls, folder: Path) -> set[str]:
 def doctor(calls: Calls, folder: Path) -> set[str]:
     assert f"{LLAMA}: served" in run("doctor", "--model", LLAMA)
     assert only(calls, "load_model")["name"] == LLAMA
-    return {"--model"}
+    pairs = folder / "pairs.jsonl"
+    line = {"clean": CLEAN, "corrupted": CORRUPTED, "answer": "Mary", "wrong_answer": "John"}
+    pairs.write_text(json.dumps(line))
+    given = {
+        "--model": LLAMA,
+        "--pairs": pairs,
+        "--verify": 7,
+        "--metric": "prob_diff",
+        "--method": "atp",
+        "--nodes": "z, mlp_out",
+        "--backend": "reference",
+        "--dtype": "float64",
+        "--precision": "bf16",
+        "--memory-budget": "123MB",
+    }
+    calls.clear()
+    out = run("doctor", *(x for pair in given.items() for x in pair))
+    assert only(calls, "load_model") == {"name": LLAMA, "dtype": "float64"}
+    assert only(calls, "PromptPairs.from_jsonl")["path"] == pairs
+    engine = only(calls, "Engine.__init__")
+    assert (engine["backend"], engine["precision"]) == ("reference", "bf16")
+    assert engine["memory_budget"] == "123MB"
+    asked = only(calls, "Engine.estimate")
+    assert (asked["metric"], asked["method"]) == ("prob_diff", "atp")
+    assert asked["nodes"] == ("z", "mlp_out")
+    patched = only(calls, "Engine.estimate_patch")
+    assert patched["metric"] == "prob_diff"
+    assert len(patched["nodes"]) == 7
+    assert {node.kind for node in patched["nodes"]} == {"z", "mlp_out"}
+    assert re.search(r"^atp: \S+ s, in 1 batches\ncpu +\S+ \SB at the peak: model", out, re.M)
+    assert "verify 7 nodes: " in out
+    return set(given)
 
 
 VERBS = {

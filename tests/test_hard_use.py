@@ -283,7 +283,7 @@ def test_gradient_checkpointing_and_dropout(pairs: PromptPairs) -> None:
 def test_a_hook_that_changes_a_layer_is_named(pairs: PromptPairs) -> None:
     model = zoo.build("llama")
     layer = model.model.layers[1]
-    handle = layer.register_forward_hook(lambda module, args, out: 2 * out)
+    handle = layer.register_forward_hook(lambda module, args, out: out + out.square())
     with pytest.raises(
         NotImplementedError, match=r"forward hooks on LlamaDecoderLayer: do they change"
     ):

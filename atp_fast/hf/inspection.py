@@ -368,7 +368,8 @@ def _mixture_in(layer: nn.Module) -> nn.Module | None:
     """A part of a layer that is named for experts, beyond what the names of all its parts begin with."""
     names = {module: type(module).__name__ for module in layer.modules()}
     own = [n for m, n in names.items() if type(m).__module__ == type(layer).__module__]
-    start = next(i for i, letters in enumerate(zip(*own, strict=False)) if len(set(letters)) > 1)
+    differ = (i for i, letters in enumerate(zip(*own, strict=False)) if len(set(letters)) > 1)
+    start = next(differ, min(map(len, own)))
     for module, name in names.items():
         rest = name[start:] if name in own else name
         if any(part in rest.lower() for part in _MIXTURE_NAMES) and any(

@@ -417,7 +417,7 @@ def test_the_page_s_commands_run(monkeypatch, tmp_path):
     tokenizer = bpe()
     small = zoo.build("gpt2", dtype=torch.float32, vocab_size=len(tokenizer))
     small.config.name_or_path = "openai-community/gpt2"
-    monkeypatch.setattr("atp_fast.models.load_model", lambda name, dtype=None: (small, tokenizer))
+    monkeypatch.setattr("atp_fast.models.load_model", lambda name, **options: (small, tokenizer))
     monkeypatch.chdir(tmp_path)
     (commands,) = blocks("sh")
     for line in commands.strip().splitlines():
