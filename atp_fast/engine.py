@@ -171,7 +171,7 @@ class Engine:
         self._check_estimated(kinds)
         self.plug.shares.check_same(nodes=listed)
         patching = self.patching(pairs, kinds, metric, direction)
-        return patch_estimate(self.plug, patching, listed, self._budget())
+        return patch_estimate(self.plug, patching, listed)
 
     @recording
     def estimate(

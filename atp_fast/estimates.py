@@ -18,7 +18,6 @@ from torch import Tensor
 from atp_fast.attribution.batch import Batch, Entered, enter_pairs, extent, sweep_extent
 from atp_fast.attribution.measured import measured_layers
 from atp_fast.attribution.memory import (
-    Budget,
     SweepPlan,
     end_row,
     estimate_sweep,
@@ -32,7 +31,7 @@ from atp_fast.attribution.runs import taped as tape_of
 from atp_fast.attribution.scores import Scores, weight_tables
 from atp_fast.attribution.streaming import StreamPlan
 from atp_fast.attribution.sweep import key_fixed, sweep_layer, sweep_size, top_cotangent
-from atp_fast.hf import ENDS, LayerRun, Plug, Prefix
+from atp_fast.hf import ENDS, LayerRun, Plug, Prefix, held_tensor
 from atp_fast.metrics import Metric
 from atp_fast.nodes import Node, NodeSpace
 from atp_fast.patching.sessions import NodeTable, Patching
@@ -188,7 +187,7 @@ def by_device(plug: Plug, result: int, work: int) -> dict[str, DeviceBytes]:
         if id(parameter) not in known and parameter.device.type != "meta":
             known.add(id(parameter))
             place = str(parameter.device)
-            held[place] = held.get(place, 0) + parameter.nbytes
+            held[place] = held.get(place, 0) + held_tensor(parameter).nbytes
     first = str(plug.device)
     return {
         place: DeviceBytes(held[place], *((result, work) if place == first else (0, 0)))
@@ -251,10 +250,9 @@ def _tried(plug: Plug, plan: SweepPlan) -> Iterator[tuple[list[int], bool]]:
     return ((numbers, taped) for (*_, taped), numbers in groups.items())
 
 
-def patch_estimate(
-    plug: Plug, patching: Patching, nodes: Sequence[Node], budget: Budget
-) -> Estimate:
+def patch_estimate(plug: Plug, patching: Patching, nodes: Sequence[Node]) -> Estimate:
     """Of patching each of these nodes alone on every pair, as `patching` has it."""
+    budget = patching.budget
     table, metric = NodeTable.of(plug, nodes), patching.metric
     logits = patching.pairs.clean_ids.shape[1] if metric.positions == "all" else 1
     forward, layers = measured_layers(plug).forward, len(plug.layers)
@@ -285,8 +283,10 @@ def patch_estimate(
     seconds = 0.0
     if largest is not None:
         with plug.plugged():
-            layer, top = _row_seconds(plug, patching.pairs, largest)
+            layer, top, fetching = _row_seconds(plug, patching.pairs, largest)
         seconds = layer * (positions_run + layers * stored_positions) + top * rows_run
+        seconds += 2 * fetching  # for the runs, and for the patched rows
+    work += patching.weights + plug.made_bytes
     result = 8 * len(patching.pairs) * len(nodes)
     seconds, devices = plug.shares.largest(seconds), by_device(plug, result, work)
     return Estimate(seconds, devices, len(patching.batches))
@@ -330,29 +330,33 @@ def _rows_of(
         done += count
 
 
-def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, float]:
-    """Of a layer, per position of these rows, the mean of all layers; and of one row's logits at one position."""
+def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, float, float]:
+    """Of a layer, per position of these rows, the mean of all layers; of one row's logits at one position; and of fetching every
+    layer's weights once."""
     clock = _Clock(plug.device)
     prompt = pairs[:1].right_padded(rows.begin + rows.width).to(plug.device)
     one, arguments = plug.enter(prompt.clean_ids[:, rows.begin :], rows.begin)
     before = Entered(*plug.enter(prompt.clean_ids[:, : rows.begin])) if rows.begin else None
     index = torch.zeros(rows.rows, dtype=torch.int64)
     x = one.expand(rows.rows, -1, -1).contiguous()
-    seconds = 0.0
+    seconds = fetching = 0.0
     with torch.no_grad():
         for first, *others in plug.alike:
             prefix = None
-            if before is not None:
-                kept = plug.keys_values(first, before.x, before.arguments[first], None, None)
-                prefix = Prefix(*(t.expand(rows.rows, -1, -1, -1) for t in kept))
-            given = arguments[first].rows(index, 1)
-            for _ in range(2):  # the first time warms up
-                run = LayerRun(plug.backend, prefix=prefix)
-                layer = clock(plug.run_layer, first, x, given, run)[1]
+            with contextlib.ExitStack() as stack:
+                fetched = clock(stack.enter_context, plug.holding(first))[1]
+                if before is not None:
+                    kept = plug.keys_values(first, before.x, before.arguments[first], None, None)
+                    prefix = Prefix(*(t.expand(rows.rows, -1, -1, -1) for t in kept))
+                given = arguments[first].rows(index, 1)
+                for _ in range(2):  # the first time warms up
+                    run = LayerRun(plug.backend, prefix=prefix)
+                    layer = clock(plug.run_layer, first, x, given, run)[1]
             seconds += layer * (1 + len(others)) / len(plug.layers)
+            fetching += fetched * (1 + len(others))
         for _ in range(2):
             top = clock(plug.logits, x[:, :1])[1]
-    return seconds / (rows.rows * rows.width), top / rows.rows
+    return seconds / (rows.rows * rows.width), top / rows.rows, fetching
 
 
 class _Clock:

@@ -632,7 +632,7 @@ def test_recordings_keep_to_half_of_the_budget(llama: PreTrainedModel) -> None:
     for each in pairs:
         roomy.attribute(each, **FEW)
     assert roomy.replays.bytes == held
-    assert roomy.replaying.patching(pairs[0], ["q"])._budget.bytes == 3 * held
+    assert roomy.replaying.patching(pairs[0], ["q"]).budget.bytes == 3 * held
 
 
 def test_recordings_go_where_an_eager_sweep_needs_room(

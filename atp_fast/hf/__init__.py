@@ -8,6 +8,7 @@ from atp_fast.hf.dictionaries import Dictionary, read_dictionary, side_by_side
 from atp_fast.hf.inspection import FiniteCheck, Inspection, check_finite
 from atp_fast.hf.layers import LayerArguments
 from atp_fast.hf.options import AttentionOptions
+from atp_fast.hf.parallel import held_tensor
 from atp_fast.hf.placement import ENDS
 from atp_fast.hf.plug import Plug
 from atp_fast.hf.switching import recording
@@ -24,6 +25,7 @@ __all__ = [
     "Visit",
     "FiniteCheck",
     "check_finite",
+    "held_tensor",
     "read_dictionary",
     "recording",
     "side_by_side",

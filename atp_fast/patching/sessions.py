@@ -101,8 +101,12 @@ class Patching:
         budget: Budget,
         pairs_at_once: int | None = None,
     ) -> None:
-        """kinds: the node kinds that will be patched; pairs_at_once: of a batch, by default as the budget has it."""
+        """kinds: the node kinds that will be patched; pairs_at_once: of a batch, by default as the budget has it.
+
+        weights: bytes of fetched weights that are held; budget: what is left beside them.
+        """
         self._turns = Lockstep(plug, budget) if plug.offloaded else Alone(budget)
+        self.weights = budget.bytes - self._turns.budget.bytes
         budget = self._turns.budget
         order = torch.argsort(pairs.split, descending=True, stable=True)
         size = len(pairs)
@@ -119,7 +123,7 @@ class Patching:
             self._together = max(1, budget.bytes // 2 // batch)
             self._keeps = self._together >= len(self.batches)
         self.plug, self.pairs, self.metric, self.kinds = plug, pairs, metric, kinds
-        self._budget, self._stored = budget, 0
+        self.budget, self._stored = budget, 0
         self._kept: dict[int, PatchSession] = {}
         self._values: dict[int, Tensor] = {}
 
@@ -156,13 +160,13 @@ class Patching:
         for number, session in made.items():
             self._values[number] = session.clean_value.cpu()
             stored = session.stored_bytes()
-            if self._keeps and self._stored + stored <= self._budget.bytes // 2:
+            if self._keeps and self._stored + stored <= self.budget.bytes // 2:
                 self._kept[number], self._stored = session, self._stored + stored
             else:
                 beside += stored
         sessions = [self._kept.get(number) or made[number] for number in numbers]
         for session in sessions:
-            session.room = (self._budget.bytes - self._stored - beside) // self._turns.share
+            session.room = (self.budget.bytes - self._stored - beside) // self._turns.share
         return sessions
 
     def _gather(self, parts: Sequence[Tensor]) -> Tensor:
