@@ -282,10 +282,10 @@ FAULTS = [
         STARTS,
     ),
     Fault(
-        "kernels/launch.py",
-        "    if scoring.key_mask is None:\n        return logsumexp\n",
-        "    return logsumexp\n",
-        "INTERPRET tests/test_ops_triton.py -k masked",
+        "kernels/row_dots.py",
+        'tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)',
+        "lse * LOG2_E",
+        "INTERPRET tests/test_ops_triton.py -k base_2",
     ),
     # replayed sweeps
     Fault(
@@ -362,8 +362,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/sweep.py",
-        "if release():\n                        continue",
-        "if False:\n                        continue",
+        "if release():\n                continue",
+        "if False:\n                continue",
         REPLAY + "needs_room",
     ),
     Fault(
@@ -781,14 +781,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/hf/experts.py",
-        "rows * module.num_experts + expert, module",
-        "expert * tokens + rows, module",
+        "rows * experts.number + expert, experts",
+        "expert * tokens + rows, experts",
         EXPERTS,
     ),
     Fault("atp_fast/hf/experts.py", "order.argsort()", "order", EXPERTS),
     Fault(
         "atp_fast/hf/experts.py",
-        "if module.is_transposed else",
+        "if experts.transposed else",
         "if weights[number].shape[0] > weights[number].shape[1] else",
         EXPERTS,
     ),
@@ -1156,7 +1156,7 @@ FAULTS = [
     ),
     Fault(
         f"{LINKS}/eap.py",
-        "below = tape.from_attention(*grads)[0] + skip[0]",
+        "below = tape.from_attention(by_kind, skip)[0]",
         "below = skip[0]",
         f"{EAP} -k llama-right",
     ),
@@ -1357,7 +1357,7 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/engine.py",
-        "_warn_of_nothing(scores, run_pairs, measure)",
+        "_warn_of_nothing(scores, run_pairs, asked.metric)",
         "pass",
         HARD + "vanish",
     ),
@@ -1415,7 +1415,7 @@ FAULTS = [
         "at = self.source.clamp(min=0)",
         DEVICES,
     ),
-    Fault("atp_fast/engine.py", "        scores.gather()\n", "", DEVICES),
+    Fault("atp_fast/attribution/scores.py", "here.score.copy_(away.score)", "pass", DEVICES),
     Fault(
         "atp_fast/attribution/streaming.py",
         "many = -(-plan.pairs // plan.sweep.pairs)",
