@@ -48,7 +48,8 @@ class NodeSpace:
     widths maps each kind, in order, to the nodes it has per layer and position: heads,
     key/value heads, neurons, features, or 1; counts: the same layer by layer, for kinds whose layers differ (0: a layer
     without them), the largest of which is the width. Tables have room for the width in every layer, zeros where a layer
-    has fewer. only: the kinds of dictionaries -> the layers that have one, ascending; their tables have no others. Flat numbers run over (kind, layer, position, index) of the nodes that there are.
+    has fewer. only: the kinds of dictionaries -> the layers that have one, ascending; their tables have no others. Flat
+    numbers run over (kind, layer, position, index) of the nodes that there are.
     """
 
     layers: int
@@ -92,6 +93,15 @@ class NodeSpace:
         counts = (n for kind in self.widths for n in self.in_layers(kind))
         return [0, *accumulate(self.positions * n for n in counts)]
 
+    @functools.cached_property
+    def _numbers(self) -> dict[tuple[str, int], int]:
+        """Where a kind's layer stands in `_rows`."""
+        return {place: number for number, place in enumerate(self._rows)}
+
+    def _count(self, number: int) -> int:
+        """Nodes per position of row `number`."""
+        return (self._starts[number + 1] - self._starts[number]) // self.positions
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.widths)
@@ -111,26 +121,22 @@ class NodeSpace:
     def offset(self, kind: str) -> int:
         """Flat number of the kind's first node."""
         self.shape(kind)
-        return self._starts[self._rows.index((kind, self.layers_of(kind)[0]))]
+        return self._starts[self._numbers[kind, self.layers_of(kind)[0]]]
 
     def flat(self, node: Node) -> int:
         """Number of a node; ValueError if the node lies outside this space."""
         self.check(node)
-        start = self._starts[self._rows.index((node.kind, node.layer))]
-        count = self.in_layers(node.kind)[self.row(node.kind, node.layer)]
-        return start + node.position * count + node.index
+        number = self._numbers[node.kind, node.layer]
+        return self._starts[number] + node.position * self._count(number) + node.index
 
     def node(self, flat: int) -> Node:
         """The node of a flat number."""
         if not 0 <= flat < len(self):
             raise ValueError(f"flat must be in [0, {len(self)}), got {flat}")
-        row = (
-            bisect_right(self._starts, flat) - 1
-        )  # the last of several that start there is not empty
-        kind, layer = self._rows[row]
-        count = self.in_layers(kind)[self.row(kind, layer)]
-        position, index = divmod(flat - self._starts[row], count)
-        return Node(kind, layer, position, index)
+        # the last of several rows that start there is not empty
+        number = bisect_right(self._starts, flat) - 1
+        position, index = divmod(flat - self._starts[number], self._count(number))
+        return Node(*self._rows[number], position, index)
 
     def check(self, node: Node) -> None:
         """ValueError, naming the field and its range, if the node lies outside this space."""
@@ -144,7 +150,7 @@ class NodeSpace:
         if node.layer not in self.layers_of(node.kind):
             layers = ", ".join(map(str, self.only[node.kind]))
             raise ValueError(f"layer of {node} must be among {layers}, got {node.layer}")
-        limit = self.in_layers(node.kind)[self.row(node.kind, node.layer)]
+        limit = self._count(self._numbers[node.kind, node.layer])
         if limit == 0:
             raise ValueError(f"layer {node.layer} has no nodes {node.kind!r}, got {node}")
         if not 0 <= node.index < limit:

@@ -1,9 +1,10 @@
 """Products of every cotangent with vectors of its row: dot_n[c, b, h, i] = sum_d grad_z[c, b, h, i, d] x_n[b, h, i, d].
 
 With x = z it is the mean D that the softmax's gradient subtracts, with z' - z the effect of patching the query,
-with the u of key_patch_effects.py the part of the row's largest key in that key's effect. grad_z: (C, batch, heads, queries, v_dim), any strides; up to three x,
-(batch, heads, queries, v_dim) float32 contiguous; results (C, batch, heads, queries) float32. On the way the rows' logsumexps
-become what the tiles take them as: to the base 2, and +inf for a row without an admissible key, whose weights are then 0 without a test.
+with the u of key_patch_effects.py the part of the row's largest key in that key's effect. grad_z: (C, batch, heads,
+queries, v_dim), any strides; up to three x, (batch, heads, queries, v_dim) float32 contiguous; results (C, batch, heads,
+queries) float32. On the way the rows' logsumexps become what the tiles take them as: to the base 2, and +inf for a row
+without an admissible key, whose weights are then 0 without a test.
 
 One program owns BLOCK_M rows of one head, keeps their x in registers and streams every cotangent past them:
 grad_z is read once, x once. Bytes per grad_z element: its size, plus 4 per x and cotangent count.

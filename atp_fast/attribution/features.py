@@ -89,10 +89,8 @@ class FeatureEffects:
             parts = grad[:, :, block], clean[:, block], corrupted[:, block]
             for kind, slope, own, other in self._parts(dictionary, *parts):
                 if self.spans is None:
-                    name, place = (
-                        f"{kind} {dictionary.layer} from {begin}",
-                        self.place.part(begin, end),
-                    )
+                    name = f"{kind} {dictionary.layer} from {begin}"
+                    place = self.place.part(begin, end)
                     self._put(dictionary, kind, name, place, first, slope, (own, other), added)
                 else:
                     effects = slope * (other - own)
@@ -102,16 +100,8 @@ class FeatureEffects:
                     effects = torch.where(spans.any(1)[..., None], effects, 0)
                     sums[kind] = sums.get(kind, 0) + spans.to(effects.dtype) @ effects
         for kind, effects in sums.items():
-            self._put(
-                dictionary,
-                kind,
-                f"{kind} {dictionary.layer}",
-                self.place,
-                first,
-                effects,
-                None,
-                added,
-            )
+            name = f"{kind} {dictionary.layer}"
+            self._put(dictionary, kind, name, self.place, first, effects, None, added)
 
     def _parts(
         self, dictionary: Dictionary, grad: Tensor, clean: Tensor, corrupted: Tensor

@@ -24,8 +24,8 @@ class LayerBytes(NamedTuple):
     """Bytes per position, the most that any kind of layer takes.
 
     forward: the worst moment of a forward without a graph, its output included; tape: what a tape holds; neurons, statistics:
-    what it holds more where neurons are scored, and of the key fix; output: the worst moment of one cotangent's way from the layer's output to z; given: what it
-    leaves there, gradients of z, neurons and the input; input: the worst moment of its way from q, k, v to the input.
+    what it holds more where neurons are scored, and of the key fix; output: the worst moment of one cotangent's way from the
+    layer's output to z; given: what it leaves there, gradients of z, neurons and the input; input: the worst moment of its way from q, k, v to the input.
     """
 
     forward: int
@@ -43,16 +43,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, int] = {}
-        self.now = self._peak = self._marked = 0
+        self.now = self.marked = self._peak = 0
 
     def mark(self) -> None:
         """Count the peak from here on."""
-        self._peak = self._marked = self.now
+        self._peak = self.marked = self.now
 
     @property
     def peak(self) -> int:
         """Bytes that were alive at the worst moment beyond those at the mark."""
-        return self._peak - self._marked
+        return self._peak - self.marked
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -125,7 +125,7 @@ def _measure(plug: Plug, number: int, x: Tensor, arguments: LayerArguments) -> S
         values = [run.z, tape.values.get("neuron"), tape.x]
         live.mark()
         gradients = tape.from_output(cotangent, [t for t in values if t is not None])
-        output, given = live.peak, live.now - live._marked
+        output, given = live.peak, live.now - live.marked
         inner = {
             k: torch.ones_like(t)[None] for k in "qkv" if (t := tape.values.get(k)) is not None
         }

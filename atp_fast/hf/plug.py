@@ -238,11 +238,8 @@ class Plug(LayeredModel):
 
         What it lacks is noted as refused, by node kind.
         """
-        layer, refused, attention = (
-            self.layers[number],
-            self.inspection.refused,
-            run.attention_module,
-        )
+        layer, attention = self.layers[number], run.attention_module
+        refused = self.inspection.refused
         lacking: dict[str, str] = {}
         neurons = 0
         try:

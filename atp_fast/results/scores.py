@@ -58,7 +58,8 @@ class NodeScores:
     contribution: kind -> c(n) >= 0, (layers, positions, nodes per position); effect: the same shape, signed, the mean
     of I(n) under the ordinary gradient; per_pair: the same with a leading pairs axis, or None; means are over the
     pairs that have a real token at the position;
-    space: the nodes, tables are 0 beyond those that a layer has; counts: pairs with a real token at each position, (positions,); where it is 0 there is no node;
+    space: the nodes, tables are 0 beyond those that a layer has; counts: pairs with a real token at each position,
+    (positions,); where it is 0 there is no node;
     tokens: the text of each position, "·" where pairs differ, or None; prompts: the first pairs in words, or None;
     clean_value, corrupted_value: the metric on the prompts that are run and on those whose values are patched in,
     (pairs,); for denoising the first are the corrupted prompts;
