@@ -16,7 +16,7 @@ from tqdm import tqdm
 from atp_fast._version import __version__
 from atp_fast.attribution.memory import Budget, budget_for, plan_sweep, read_budget
 from atp_fast.attribution.precision import check_precision
-from atp_fast.attribution.question import Method, Question, check_method
+from atp_fast.attribution.question import Question, check_method
 from atp_fast.attribution.replay import Replays
 from atp_fast.attribution.scores import Scores
 from atp_fast.attribution.streaming import StreamPlan, plan_stream, stream_sweeps
@@ -25,7 +25,7 @@ from atp_fast.attribution.tape import check_walk
 from atp_fast.estimates import Estimate, SweepCall, patch_estimate, sweep_estimate
 from atp_fast.hf import Dictionary, Plug, read_dictionary, recording
 from atp_fast.metrics import Metric, MetricLike, resolve
-from atp_fast.nodes import Node, NodeSpace, check_kinds
+from atp_fast.nodes import Node, check_kinds
 from atp_fast.ops.backends import backend_for, check_backend
 from atp_fast.ops.reference import accumulation_dtype
 from atp_fast.patching.diagnostics import MissedBound, bound_missed
@@ -94,16 +94,14 @@ class Engine:
         Returns contribution c(n) = mean over pairs of |I(n)| and the signed effect, per kind, (layers, positions, width),
         on the model's device: for neurons the way to the CPU can take longer than the run (`Attribution.cpu` goes it).
         """
-        asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
-        chosen, run_pairs, measure, space = asked
-        dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
+        run_pairs, asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
         keep = len(pairs) if per_pair else 0
-        held = self.plug.shares.space(space)
-        scores = Scores(held, chosen, self.plug.device, dtype, keep)
-        clean_value = torch.zeros(len(pairs), dtype=dtype)
-        corrupted_value = torch.zeros(len(pairs), dtype=dtype)
+        held = self.plug.shares.space(asked.space)
+        scores = Scores(held, asked.method, self.plug.device, asked.dtype, keep)
+        clean_value = torch.zeros(len(pairs), dtype=asked.dtype)
+        corrupted_value = torch.zeros(len(pairs), dtype=asked.dtype)
         budget = self._budget()
-        plan = self._plan(run_pairs, measure, chosen, space, budget)
+        plan = self._plan(run_pairs, asked, budget)
         batches = self._batches(run_pairs, plan.sweep.pairs)
         began = time.perf_counter()
         total = len(batches) * len(self.plug.layers)
@@ -118,7 +116,7 @@ class Engine:
                     run(
                         self.plug,
                         run_pairs[rows],
-                        measure,
+                        asked.metric,
                         plan.sweep,
                         scores,
                         rows=rows.to(self.plug.device),
@@ -128,33 +126,33 @@ class Engine:
                 )
             else:
                 values = stream_sweeps(
-                    self.plug, run_pairs, measure, plan, scores, batches, bar.update
+                    self.plug, run_pairs, asked.metric, plan, scores, batches, bar.update
                 )
             for rows, (clean, corrupted) in zip(batches, values, strict=True):
                 clean_value[rows], corrupted_value[rows] = (
                     x.to(clean_value) for x in (clean, corrupted)
                 )
-        scores.gather(self.plug.shares.whole, space)
+        scores.gather(self.plug.shares.whole, asked.space)
         seconds = time.perf_counter() - began
-        _warn_of_nothing(scores, run_pairs, measure)
+        _warn_of_nothing(scores, run_pairs, asked.metric)
         counts = pairs.present.sum(0).cpu()
         per_position = counts.clamp(min=1)[None, :, None].to(self.plug.device)
         return Attribution(
             contribution={kind: t.div_(per_position) for kind, t in scores.score.items()},
             effect={kind: t.div_(per_position) for kind, t in scores.effect.items()},
             per_pair=scores.per_pair,
-            space=space,
+            space=asked.space,
             counts=counts,
             tokens=run_pairs.column_tokens(),
             prompts=kept_prompts(run_pairs),
             method=method,
-            metric=measure.name,
+            metric=asked.metric.name,
             direction=direction,
             backend=self.backend,
             model=self.model_name,
             clean_value=clean_value,
             corrupted_value=corrupted_value,
-            metadata=self._metadata(pairs, seconds, space.kinds),
+            metadata=self._metadata(pairs, seconds, asked.space.kinds),
         )
 
     @recording
@@ -187,16 +185,11 @@ class Engine:
 
         Nothing but a layer of each kind is run, on the first batch of pairs.
         """
-        asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
-        chosen, run_pairs, measure, space = asked
-        self._check_estimated(space.kinds)
-        dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
-        budget = self._budget()
-        plan = self._plan(run_pairs, measure, chosen, space, budget)
-        call = SweepCall(measure, chosen, space, dtype, per_pair)
-        return sweep_estimate(
-            self.plug, run_pairs, self._batches(run_pairs, plan.sweep.pairs), plan, call
-        )
+        run_pairs, asked = self._asked(pairs, metric, method, nodes, direction, per_pair)
+        self._check_estimated(asked.space.kinds)
+        plan = self._plan(run_pairs, asked, self._budget())
+        batches = self._batches(run_pairs, plan.sweep.pairs)
+        return sweep_estimate(self.plug, run_pairs, batches, plan, asked)
 
     def patch(
         self,
@@ -410,8 +403,8 @@ class Engine:
         nodes: Sequence[str],
         direction: Direction,
         per_pair: bool,
-    ) -> tuple[Method, PromptPairs, Metric, NodeSpace]:
-        """An attribution's arguments, checked: the method, the pairs as they are run, the metric and the nodes."""
+    ) -> tuple[PromptPairs, SweepCall]:
+        """An attribution's arguments, checked: the pairs as they are run, and what is asked of them."""
         chosen = check_method(method)
         run_pairs = directed(pairs, direction)
         self.check_pairs(pairs)
@@ -425,7 +418,8 @@ class Engine:
         self.plug.shares.check_same(
             **_facts(run_pairs, measure), method=method, nodes=space.kinds, per_pair=per_pair
         )
-        return chosen, run_pairs, measure, space
+        dtype = accumulation_dtype(torch.empty(0, dtype=self.plug.dtype))
+        return run_pairs, SweepCall(measure, chosen, space, dtype, per_pair)
 
     def _budget(self) -> Budget:
         return budget_for(self.plug, self._asked_budget, self._held())
@@ -434,11 +428,10 @@ class Engine:
         """Bytes of recorded sweeps."""
         return 0 if self._replays is None else self._replays.bytes
 
-    def _plan(
-        self, pairs: PromptPairs, metric: Metric, method: Method, space: NodeSpace, budget: Budget
-    ) -> StreamPlan:
-        size = sweep_size(self.plug, pairs, metric, method, space.kinds, self.precision)
-        many: dict[str, Any] = {"pairs": len(pairs), "together": metric.all_pairs_at_once}
+    def _plan(self, pairs: PromptPairs, asked: SweepCall, budget: Budget) -> StreamPlan:
+        kinds = asked.space.kinds
+        size = sweep_size(self.plug, pairs, asked.metric, asked.method, kinds, self.precision)
+        many: dict[str, Any] = {"pairs": len(pairs), "together": asked.metric.all_pairs_at_once}
         if self.plug.offloaded:
             return plan_stream(self.plug, budget, size, **many)
         return StreamPlan(plan_sweep(self.plug, budget, size, **many))

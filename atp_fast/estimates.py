@@ -26,15 +26,15 @@ from atp_fast.attribution.memory import (
     stored_pair,
 )
 from atp_fast.attribution.question import Method
-from atp_fast.attribution.runs import PairRuns, corrupted_values, run_batch
+from atp_fast.attribution.runs import PairRuns, corrupted_values
 from atp_fast.attribution.runs import taped as tape_of
 from atp_fast.attribution.scores import Scores, weight_tables
 from atp_fast.attribution.streaming import StreamPlan
-from atp_fast.attribution.sweep import key_fixed, sweep_layer, sweep_size, top_cotangent
+from atp_fast.attribution.sweep import run_forwards, sweep_layer, sweep_size, top_cotangent
 from atp_fast.hf import ENDS, LayerRun, Plug, Prefix, held_tensor
 from atp_fast.metrics import Metric
 from atp_fast.nodes import Node, NodeSpace
-from atp_fast.patching.sessions import NodeTable, Patching
+from atp_fast.patching.sessions import NodeTable, Patching, only_end, row_batches
 from atp_fast.prompts.pairs import PromptPairs
 
 
@@ -135,19 +135,13 @@ class _Trial:
             dtype=batch.both.x.dtype,
         )
 
-        def run() -> PairRuns:
-            fixed = key_fixed(call.method, kinds)
-            return run_batch(view, batch, kinds, plan=plan, statistics=fixed)
-
         def swept(count: int) -> float:
-            given = cotangents[:count]
-            return clock(
-                lambda: sweep_layer(view, self.runs, plan, scores, 1, *at, given, count, {})
-            )[1]
+            at_layer = view, self.runs, plan, scores, 1, *at
+            return clock(sweep_layer, *at_layer, cotangents[:count], count, {})[1]
 
         times = []
         for count in (self._chunk, 1):  # the first run warms up
-            self.runs, seconds = clock(run)
+            self.runs, seconds = clock(run_forwards, view, batch, plan, scores)
             self.forward = seconds / copies
             times.append(swept(count) if batch.any_live else 0.0)
         many, one = times
@@ -223,7 +217,7 @@ def _sweep_seconds(
     with contextlib.ExitStack() as stack:
         fetching = clock(stack.enter_context, plug.holding(ENDS))[1]
         enter_pairs(plug, pairs, *extent)
-        batch, working = clock(lambda: enter_pairs(plug, pairs, *extent))
+        batch, working = clock(enter_pairs, plug, pairs, *extent)
     runs: list[PairRuns] = []
     for mine, taped in _tried(plug, plan):
         with contextlib.ExitStack() as stack:
@@ -254,7 +248,7 @@ def patch_estimate(plug: Plug, patching: Patching, nodes: Sequence[Node]) -> Est
     """Of patching each of these nodes alone on every pair, as `patching` has it."""
     budget = patching.budget
     table, metric = NodeTable.of(plug, nodes), patching.metric
-    logits = patching.pairs.clean_ids.shape[1] if metric.positions == "all" else 1
+    logits = metric.columns(patching.pairs)
     forward, layers = measured_layers(plug).forward, len(plug.layers)
     work = kept = positions_run = rows_run = 0
     largest: _Rows | None = None
@@ -268,8 +262,7 @@ def patch_estimate(plug: Plug, patching: Patching, nodes: Sequence[Node]) -> Est
         stays = kept + stored <= budget.bytes // 2
         held = kept + stored
         kept += stored if stays else 0
-        # one position is enough of the last layer's output
-        short = plug.moves and metric.positions == "last" and len(set(pairs.lengths.tolist())) == 1
+        short = plug.moves and only_end(pairs, metric) is not None
         whole = layers - 1 if short else layers
         room = budget.bytes - held
         for rows in _rows_of(plug, pairs, table, start + positions, room, logits, whole):
@@ -306,7 +299,7 @@ class _Rows(NamedTuple):
 def _rows_of(
     plug: Plug, pairs: PromptPairs, table: NodeTable, end: int, room: int, logits: int, whole: int
 ) -> Iterator[_Rows]:
-    """The rows of a batch of pairs, as PatchSession runs them; with spans, from each span's first token on.
+    """The rows of a batch of pairs, as PatchSession runs them; with spans, from each span's first token on that differs.
 
     whole: so many layers are run whole.
     """
@@ -315,19 +308,18 @@ def _rows_of(
         position = columns - pairs.starts.cpu()[:, None]
     else:
         position = pairs.spans.clean.cpu()[:, :, 0].gather(1, columns)
-    moved = (position >= pairs.split.cpu()[:, None]) & (position < pairs.lengths.cpu()[:, None])
-    layer = table.layer[None].expand(len(pairs), -1)[moved]
-    position = position[moved]
-    order = torch.argsort(position * len(plug.layers) + layer, stable=True)
-    done = 0
-    while done < len(order):
-        begin = int(position[order[done]]) if plug.moves else 0
-        count = patched_rows(plug, room, end - begin, begin, logits)
-        rows = order[done : done + count]
+    position = torch.maximum(position, pairs.split.cpu()[:, None])  # a span may begin before
+    moving = pairs.moving.cpu()[:, table.position]
+    layer = table.layer[None].expand(len(pairs), -1)[moving]
+
+    def most(begin: int) -> int:
+        return patched_rows(plug, room, end - begin, begin, logits)
+
+    every = torch.arange(len(layer))
+    for rows, _, begin in row_batches(plug, every, layer, position[moving], most):
         firsts = layer[rows]
         active = int((firsts < whole).sum())
         yield _Rows(len(rows), active, begin, int(firsts.double().mean()), end - begin)
-        done += count
 
 
 def _row_seconds(plug: Plug, pairs: PromptPairs, rows: _Rows) -> tuple[float, float, float]:

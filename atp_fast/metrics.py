@@ -39,6 +39,10 @@ class Metric:
         if self.positions not in ("last", "all"):
             raise ValueError(f"positions must be 'last' or 'all', got {self.positions!r}")
 
+    def columns(self, pairs: PromptPairs) -> int:
+        """How many of each pair's positions it looks at."""
+        return pairs.clean_ids.shape[1] if self.positions == "all" else 1
+
     def __call__(
         self, logits: Tensor, pairs: PromptPairs, source_logits: Tensor | None = None
     ) -> Tensor:

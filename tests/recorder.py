@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from atp_fast import Attribution
+
 T = TypeVar("T")
 
 
@@ -111,3 +113,16 @@ def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def assert_same_bits(found: Attribution, wanted: Attribution) -> None:
+    """And nothing in them is zero throughout."""
+    assert torch.equal(found.clean_value, wanted.clean_value)
+    assert torch.equal(found.corrupted_value, wanted.corrupted_value)
+    for kind in wanted.contribution:
+        assert wanted.contribution[kind].any(), kind
+        assert torch.equal(found.contribution[kind], wanted.contribution[kind]), kind
+        assert torch.equal(found.effect[kind], wanted.effect[kind]), kind
+        if wanted.per_pair is not None:
+            assert found.per_pair is not None
+            assert torch.equal(found.per_pair[kind], wanted.per_pair[kind]), kind

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import zoo
-from atp_fast import Attribution, Engine, PromptPairs
+from atp_fast import Engine, PromptPairs
 from atp_fast import engine as engine_module
 from atp_fast.attribution.literal import literal_attribution
 from atp_fast.attribution.memory import SweepPlan
@@ -19,6 +19,7 @@ from atp_fast.attribution.scores import Scores
 from atp_fast.metrics import resolve
 from atp_fast.nodes import KINDS, Node
 from naive_patching import naive_effects
+from recorder import assert_same_bits
 from test_spans import UNEQUAL, pairs_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -76,17 +77,6 @@ def test_patching_equals_naive_patching(family: str) -> None:
 def replays_of(engine: Engine) -> Replays:
     assert engine._replays is not None
     return engine._replays
-
-
-def assert_same_bits(found: Attribution, wanted: Attribution) -> None:
-    assert torch.equal(found.clean_value, wanted.clean_value)
-    for kind in wanted.contribution:
-        assert wanted.contribution[kind].any(), kind
-        assert torch.equal(found.contribution[kind], wanted.contribution[kind]), kind
-        assert torch.equal(found.effect[kind], wanted.effect[kind]), kind
-        if wanted.per_pair is not None:
-            assert found.per_pair is not None
-            assert torch.equal(found.per_pair[kind], wanted.per_pair[kind]), kind
 
 
 def assert_replayed(model: Any, pairs: list[PromptPairs], **asked: Any) -> None:

@@ -38,7 +38,7 @@ from atp_fast.kernels import launch
 from atp_fast.metrics import METRICS_BY_NAME
 from atp_fast.nodes import KINDS
 from atp_fast.ops import backends
-from recorder import HostRead, Recorder
+from recorder import HostRead, Recorder, assert_same_bits
 from test_spans import UNEQUAL, pairs_of
 
 pytestmark = pytest.mark.filterwarnings("error:.*sweeping eagerly")
@@ -79,18 +79,6 @@ class Both:
     def replayed(self) -> list[int]:
         """How many sweeps each recording replayed, the one by which it was compared among them."""
         return [recorder.replays // 2 for recorder in self.recorders]
-
-
-def assert_same_bits(found: Attribution, wanted: Attribution) -> None:
-    assert torch.equal(found.clean_value, wanted.clean_value)
-    assert torch.equal(found.corrupted_value, wanted.corrupted_value)
-    for kind in wanted.contribution:
-        assert wanted.contribution[kind].any(), kind
-        assert torch.equal(found.contribution[kind], wanted.contribution[kind]), kind
-        assert torch.equal(found.effect[kind], wanted.effect[kind]), kind
-        if wanted.per_pair is not None:
-            assert found.per_pair is not None
-            assert torch.equal(found.per_pair[kind], wanted.per_pair[kind]), kind
 
 
 @contextlib.contextmanager

@@ -157,7 +157,7 @@ def sweep_size(
         prefix=start,
         cotangents=len(plug.layers) + 1 if method.graddrop else 1,
         kinds=kinds,
-        logits=pairs.clean_ids.shape[1] if metric.positions == "all" else 1,
+        logits=metric.columns(pairs),
         precision=precision,
         spans=0 if pairs.spans is None else pairs.width,
         statistics=key_fixed(method, kinds),

@@ -309,9 +309,7 @@ class PatchSession:
             self._check_rows(logits)
             whole = metric.positions == "all" or metric.all_pairs_at_once
             self.clean_logits = logits if whole else None
-        lengths = set(self.runs.pairs.lengths.tolist())
-        # the one position that the last layer's output is needed at
-        self.end = lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
+        self.end = only_end(self.runs.pairs, metric)
 
     def _check_rows(self, logits: Tensor) -> None:
         """A metric that is called with parts of the pairs must not mix them; one that sees all at once may."""
@@ -473,22 +471,11 @@ class PatchSession:
     def _batches(self, patches: Patches, rows: int) -> list[RowBatch]:
         """Rows with a patch, in batches of similar first position, each sorted by first layer."""
         layer, position = _firsts(patches, rows)
-        touched = torch.unique(patches.row)
-        key = position[touched] * len(self.plug.layers) + layer[touched]
-        order = touched[torch.argsort(key, stable=True)]
-        batches, start = [], 0
-        while start < len(order):
-            begin = int(position[order[start]]) if self.plug.moves else 0
-            size = self._rows(begin)
-            mine = order[start : start + size]
-            first = min(int(layer[mine].min()), len(self.plug.layers) - 1)
-            batches.append(RowBatch(mine, first, begin))
-            start += size
-        return batches
+        return list(row_batches(self.plug, torch.unique(patches.row), layer, position, self._rows))
 
     def _rows(self, begin: int) -> int:
         """Rows run at once whose first position is `begin`."""
-        logits = self.pairs.clean_ids.shape[1] if self.metric.positions == "all" else 1
+        logits = self.metric.columns(self.pairs)
         room = self.room * 7 // 8 if self.dictionaries else self.room  # the rest is for features
         return patched_rows(self.plug, room, self._width(begin), begin, logits)
 
@@ -690,6 +677,28 @@ class PatchSession:
             1, source.clamp(0, patched.shape[1] - 1)[..., None].expand_as(logits)
         )
         return torch.where(real[..., None], gathered, logits)
+
+
+def only_end(pairs: PromptPairs, metric: Metric) -> int | None:
+    """The one position at which the last layer's output is needed, from the prompts' first token; None where there are more."""
+    lengths = set(pairs.lengths.tolist())
+    return lengths.pop() - 1 if len(lengths) == 1 and metric.positions == "last" else None
+
+
+def row_batches(
+    plug: Plug, rows: Tensor, layer: Tensor, position: Tensor, most: Callable[[int], int]
+) -> Iterator[RowBatch]:
+    """Rows in batches of similar first position, each sorted by first layer.
+
+    layer, position: the first patched ones of every row number; most: rows at once whose first position is the one given.
+    """
+    key = position[rows] * len(plug.layers) + layer[rows]
+    order, start = rows[torch.argsort(key, stable=True)], 0
+    while start < len(order):
+        begin = int(position[order[start]]) if plug.moves else 0
+        mine = order[start : start + most(begin)]
+        yield RowBatch(mine, min(int(layer[mine].min()), len(plug.layers) - 1), begin)
+        start += len(mine)
 
 
 def _firsts(patches: Patches, rows: int) -> tuple[Tensor, Tensor]:
