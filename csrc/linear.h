@@ -5,11 +5,14 @@
 // threads and the way. Included once per instruction set, inside that set's namespace (isa_*.cpp):
 // no include guard.
 
-// A tile of y, and the most depth taken at once. With AVX2 a panel is 30 KiB, for the first cache;
+// The most rows, depth and panels of a tile of y. With AVX2 a panel is 30 KiB, for the first cache;
 // the rows of x beside it are 240 KiB and the next block of w 120 KiB, for the second.
 // Measured on Zen 3: 96 to 384 rows and depths of 192 to 512 are within 10 %, 2 or 8 panels up to
-// 10 % slower.
-constexpr Index linear_rows = 192, linear_depth = 320, linear_panels = 4;
+// 10 % slower. With AVX512 a panel of 96 KiB comes from the second cache and x from the third: on
+// Zen 4 a panel that 768 rows meet instead of 192 makes the product 7 % faster where w has to be
+// turned, 3 % where not.
+constexpr Index linear_rows = ATP_FAST_REGISTERS == 32 ? 768 : 192;
+constexpr Index linear_depth = ATP_FAST_REGISTERS == 32 ? 384 : 320, linear_panels = 4;
 
 // Rows of x that meet all of w before the next ones do, so that they stay in the third cache.
 // When all rows meet a tile of columns before the next tile, 4,608 rows take up to 18 % longer.
@@ -17,8 +20,6 @@ constexpr Index linear_group_bytes = 4 << 20;
 
 template <typename R>
 constexpr Index panel_width = block_vectors * lanes<R>;
-template <typename R>
-constexpr Index linear_columns = linear_panels * panel_width<R>;
 template <typename R>
 constexpr Index linear_scratch = linear_depth * (panel_width<R> + block_rows);
 
@@ -53,8 +54,8 @@ ATP_FAST_INLINE void pack_panel(const R* w, Index row, Index column, Index depth
 // The depth that sums take in at once: linear_depth at most, in equal parts.
 template <typename R>
 Index block_depth(Index depth) {
-    const Index blocks = std::max<Index>(1, round_up(depth, linear_depth) / linear_depth);
-    return round_up(round_up(depth, blocks) / blocks, lanes<R>);
+    const Index blocks = std::max<Index>(1, divide_up(depth, linear_depth));
+    return round_up(divide_up(depth, blocks), lanes<R>);
 }
 
 // f(integral_constant of `vectors`, or of Most if there are more)
@@ -108,8 +109,7 @@ struct LinearTile {
         const R* x = static_cast<const R*>(call.x) + first_row * call.x_row;
         const R* w = static_cast<const R*>(call.w) + first_column * call.w_column;
         const Index whole = rows / block_rows * block_rows;
-        const Index blocks = (round_up(columns, panel_width<R>) /
-                              panel_width<R>)*(round_up(rows, block_rows) / block_rows);
+        const Index blocks = divide_up(columns, panel_width<R>) * divide_up(rows, block_rows);
         const Index longest = block_depth<R>(call.depth);
         Index k = 0;
         do {  // once at least: without depth y is the bias
@@ -132,7 +132,7 @@ struct LinearTile {
                     const auto block = [&](auto vectors) __attribute__((always_inline)) {
                         linear_block<vectors>(depth, left, left_row, panel, ahead, step, done);
                     };
-                    with_vectors<block_vectors>((columns - n + lanes<R> - 1) / lanes<R>, block);
+                    with_vectors<block_vectors>(divide_up(columns - n, lanes<R>), block);
                 }
             }
             k = next;
@@ -180,22 +180,37 @@ struct LinearTile {
     }
 };
 
+// Panels of a tile, such that the thread with the most to do has the least.
+inline Index tile_panels(Index row_tiles, Index panels, int threads) {
+    Index best = 0, least = 0;
+    for (Index each = linear_panels; each > 0; --each) {
+        const Index tiles = row_tiles * divide_up(panels, each);
+        const Index most = divide_up(tiles, threads) * each;
+        if (best == 0 || most < least) best = each, least = most;
+    }
+    return best;
+}
+
 template <typename R>
 void tiled_linear(const LinearCall& call, int threads) {
     struct Context {
         const LinearCall& call;
+        Index rows, width;  // of a tile
         Index row_tiles, column_tiles, group;  // group: tiles of rows
         int threads;
         R* scratch;
     };
-    static constexpr Index width = linear_columns<R>;
-    const Index row_tiles = round_up(call.rows, linear_rows) / linear_rows;
-    const Index column_tiles = round_up(call.columns, width) / width;
-    const Index tile_bytes = linear_rows * std::max<Index>(1, call.depth) * Index(sizeof(R));
+    const Index row_tiles = divide_up(call.rows, linear_rows);
+    const Index rows = round_up(divide_up(call.rows, std::max<Index>(1, row_tiles)), block_rows);
+    const Index panels = divide_up(call.columns, panel_width<R>);
+    const Index width = tile_panels(row_tiles, panels, std::max(threads, 1)) * panel_width<R>;
+    const Index tile_bytes = std::max<Index>(1, rows * call.depth) * Index(sizeof(R));
     const Scratch scratch(std::max(threads, 1) * linear_scratch<R> * Index(sizeof(R)));
     Context context{call,
+                    rows,
+                    width,
                     row_tiles,
-                    column_tiles,
+                    divide_up(call.columns, width),
                     std::max<Index>(1, linear_group_bytes / tile_bytes),
                     std::max(threads, 1),
                     reinterpret_cast<R*>(scratch.data())};
@@ -204,32 +219,41 @@ void tiled_linear(const LinearCall& call, int threads) {
         const Index first = unit / (c.group * c.column_tiles) * c.group;  // first tile of the group
         const Index rows = std::min(c.group, c.row_tiles - first);
         const Index inside = unit - first * c.column_tiles;
-        const Index row = (first + inside % rows) * linear_rows, column = inside / rows * width;
+        const Index row = (first + inside % rows) * c.rows, column = inside / rows * c.width;
         // threads that keep step take units `threads` apart
-        const Index next = std::min(c.call.columns, (inside + c.threads) / rows * width);
+        const Index next = std::min(c.call.columns, (inside + c.threads) / rows * c.width);
         R* panel = c.scratch + thread * linear_scratch<R>;
         LinearTile<R>{c.call,
                       row,
                       column,
-                      std::min(linear_rows, c.call.rows - row),
-                      std::min(width, c.call.columns - column),
+                      std::min(c.rows, c.call.rows - row),
+                      std::min(c.width, c.call.columns - column),
                       next,
-                      next == column ? 0 : std::min(width, c.call.columns - next),
+                      next == column ? 0 : std::min(c.width, c.call.columns - next),
                       panel,
                       panel + linear_depth * panel_width<R>}
             .run();
     };
-    parallel(row_tiles * column_tiles, threads, tile, &context);
+    parallel(row_tiles * context.column_tiles, threads, tile, &context);
 }
 
 // The product as y' = w' x': x' is packed, once, and w' read in place, row after row, the next
 // rows being asked for. Up to few_rows rows of x: 1.2 to 1.4 times as fast on Zen 3 as packing w at
-// 8 to 32 rows, 1.1 times at 64; slower from 128 on, where the packed x' leaves the caches.
-constexpr Index few_rows = 64, turned_columns = 48;
+// 8 to 32 rows, 1.1 times at 64; slower from 128 on, where the packed x' leaves the caches. On
+// Zen 4, whose vectors hold twice as much, 1.05 times at 128 rows and slower from 256 on.
+constexpr Index few_rows = ATP_FAST_REGISTERS == 32 ? 128 : 64, turned_columns = 48;
 constexpr int turned_vectors = 4, turned_sums = block_rows * block_vectors;
-constexpr int turned_streams = 6;  // rows of w' read side by side: 12 were up to 1.6 times slower
+// Rows of w' read side by side, at most: 12 were up to 1.6 times slower.
+constexpr int turned_streams = ATP_FAST_REGISTERS == 32 ? 8 : 6;
 template <typename R>
 constexpr Index turned_width = turned_vectors * lanes<R>;
+
+// Rows of w' beside `vectors` of x', a divisor of turned_columns.
+constexpr int turned_rows(int vectors) {
+    int rows = std::min(turned_sums / vectors, turned_streams);
+    while (turned_columns % rows) --rows;
+    return rows;
+}
 
 // multiply_add with the smaller side in registers.
 template <int M, int N, typename R>
@@ -248,8 +272,9 @@ template <typename R>
 struct TurnedTile {
     const LinearCall& call;
     Index first_column, columns;
-    const R* x;  // [panels][depth][turned_width]
+    const R* x;  // [panels][depth][turned_width, or the vectors that hold the last panel's rows]
     R* sums;     // [turned_columns][turned_width]
+    Index next;  // columns from this tile to the one that the thread will likely do next
 
     __attribute__((noinline)) void run() const {
         const Index longest = block_depth<R>(call.depth);
@@ -259,12 +284,17 @@ struct TurnedTile {
             do {  // once at least: without depth y is the bias
                 const Index depth = std::min(longest, call.depth - k);
                 with_vectors<turned_vectors>(
-                    (rows + lanes<R> - 1) / lanes<R>,
+                    divide_up(rows, lanes<R>),
                     [&](auto vectors) __attribute__((always_inline)) {
-                        constexpr int N = vectors, M = std::min(turned_sums / N, turned_streams);
+                        constexpr int N = vectors, M = turned_rows(N);
                         Index m = 0;
-                        for (; m + M <= columns; m += M) block<M, N>(m, row, k, depth);
-                        for (; m < columns; ++m) block<1, N>(m, row, k, depth);
+                        for (; m + M <= columns; m += M) {
+                            const bool last = m + 2 * M > columns;
+                            const R* ahead = last ? behind(row, k + depth) : weights(m + M, k);
+                            block<M, N>(m, row, k, depth, ahead);
+                        }
+                        for (; m < columns; ++m)
+                            block<1, N>(m, row, k, depth, weights(m + 1, k));
                     });
                 k += longest;
             } while (k < call.depth);
@@ -272,20 +302,31 @@ struct TurnedTile {
         }
     }
 
-    // Sums of columns m .. m + M of the tile and N vectors of rows from `row` on over depth from k.
+    const R* weights(Index m, Index k) const {
+        return static_cast<const R*>(call.w) + (first_column + m) * call.w_column + k;
+    }
+
+    // The weights that are needed when all columns have met the depth up to k.
+    const R* behind(Index row, Index k) const {
+        if (k < call.depth) return weights(0, k);
+        return weights(row + turned_width<R> < call.rows ? 0 : next, 0);
+    }
+
+    // Sums of columns m .. m + M of the tile and N vectors of rows from `row` on over depth from k,
+    // while the weights at `ahead` are asked for.
     template <int M, int N>
-    ATP_FAST_INLINE void block(Index m, Index row, Index k, Index depth) const {
+    ATP_FAST_INLINE void block(Index m, Index row, Index k, Index depth, const R* ahead) const {
         constexpr Index L = lanes<R>, P = turned_width<R>;
-        const R* w = static_cast<const R*>(call.w) + (first_column + m) * call.w_column + k;
-        const R* right = x + row * call.depth + k * P;
+        const R* w = weights(m, k);
+        const R* right = x + row * call.depth + k * N * L;
         Vec<R> found[M][N];
         for (int i = 0; i < M; ++i)
             for (int n = 0; n < N; ++n) found[i][n] = Vec<R>{};
         constexpr Index line = 64 / Index(sizeof(R));
         for (Index at = 0; at < depth;) {
-            for (int i = 0; i < M; ++i) __builtin_prefetch(w + (M + i) * call.w_column + at, 0, 2);
+            for (int i = 0; i < M; ++i) __builtin_prefetch(ahead + i * call.w_column + at, 0, 2);
             for (const Index end = std::min(depth, at + line); at < end; ++at)
-                turned_step(found, w + at, call.w_column, right + at * P);
+                turned_step(found, w + at, call.w_column, right + at * N * L);
         }
         for (int i = 0; i < M; ++i) {
             const R bias =
@@ -323,23 +364,30 @@ void turned_linear(const LinearCall& call, int threads) {
         const LinearCall& call;
         const R* x;
         R* sums;
+        Index next;  // columns
     };
     constexpr Index P = turned_width<R>, tile = turned_columns * P;
     const Index packed = round_up(call.rows, P) * call.depth;
     const Scratch scratch((packed + std::max(threads, 1) * tile) * Index(sizeof(R)));
     R* x = reinterpret_cast<R*>(scratch.data());
-    for (Index row = 0; row < call.rows; row += P)
-        pack_panel<P>(static_cast<const R*>(call.x) + row * call.x_row, 1, call.x_row, call.depth,
-                      std::min(P, call.rows - row), x + row * call.depth);
-    Context context{call, x, x + packed};
+    for (Index row = 0; row < call.rows; row += P) {
+        const R* from = static_cast<const R*>(call.x) + row * call.x_row;
+        const auto pack = [&](auto vectors) {
+            constexpr Index width = vectors * lanes<R>;
+            pack_panel<width>(from, Index(1), call.x_row, call.depth,
+                              std::min(width, call.rows - row), x + row * call.depth);
+        };
+        with_vectors<turned_vectors>(divide_up(call.rows - row, lanes<R>), pack);
+    }
+    Context context{call, x, x + packed, std::max(threads, 1) * turned_columns};
     const auto run = [](void* given, Index unit, int thread) {
         const Context& c = *static_cast<Context*>(given);
         const Index first = unit * turned_columns;
         TurnedTile<R>{c.call, first, std::min(turned_columns, c.call.columns - first), c.x,
-                      c.sums + thread * tile}
+                      c.sums + thread * tile, c.next}
             .run();
     };
-    parallel(round_up(call.columns, turned_columns) / turned_columns, threads, run, &context);
+    parallel(divide_up(call.columns, turned_columns), threads, run, &context);
 }
 
 template <typename R>

@@ -65,7 +65,8 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 SHAPES = [
     (1, 1, 1), (0, 3, 4), (2, 0, 5), (3, 4, 0), (4, 320, 96), (5, 321, 97), (15, 37, 53),
     (192, 24, 64), (193, 8, 8), (200, 640, 25), (3, 768, 300), (31, 1000, 10), (500, 2000, 200),
-    (9, 40, 48), (41, 5, 100), (64, 650, 145), (65, 16, 48),
+    (9, 40, 48), (41, 5, 100), (64, 650, 145), (65, 16, 48), (128, 390, 50), (129, 400, 330),
+    (40, 800, 100), (100, 770, 49), (770, 400, 200), (1541, 30, 70),
 ]  # fmt: skip
 
 
@@ -99,23 +100,39 @@ def test_random_products(
     check_product(x, weight, torch.randn(columns) if biased else None)
 
 
+PARTS = [
+    slice(*ends)
+    for ends in (
+        (0, 2),
+        (7, 18),
+        (150, 214),
+        (150, 215),
+        (70, 198),
+        (70, 199),
+        (800, 1570),
+        (1599, 1600),
+    )
+]
+"""Rows on either side of where the way is another one: 64 and 128, and 192 and 768 in a tile."""
+
+
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bits_depend_neither_on_threads_nor_on_other_rows(transposed: bool) -> None:
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(400, 700), torch.randn(300, 700).t(), torch.randn(300)
+    x, weight, bias = torch.randn(1600, 800), torch.randn(700, 800).t(), torch.randn(700)
     if not transposed:
         weight = weight.contiguous()
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             results.append(cpp.linear(x, weight, bias))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    for part in (slice(0, 2), slice(7, 18), slice(150, 214), slice(150, 215), slice(399, 400)):
+    assert all(torch.equal(results[0], each) for each in results)
+    for part in PARTS:
         assert torch.equal(cpp.linear(x[part], weight, bias), results[0][part])
 
 
