@@ -195,7 +195,7 @@ template <typename R>
 void tiled_linear(const LinearCall& call, int threads) {
     struct Context {
         const LinearCall& call;
-        Index rows, width;  // of a tile
+        Index rows, width;                     // of a tile
         Index row_tiles, column_tiles, group;  // group: tiles of rows
         int threads;
         R* scratch;
@@ -284,8 +284,7 @@ struct TurnedTile {
             do {  // once at least: without depth y is the bias
                 const Index depth = std::min(longest, call.depth - k);
                 with_vectors<turned_vectors>(
-                    divide_up(rows, lanes<R>),
-                    [&](auto vectors) __attribute__((always_inline)) {
+                    divide_up(rows, lanes<R>), [&](auto vectors) __attribute__((always_inline)) {
                         constexpr int N = vectors, M = turned_rows(N);
                         Index m = 0;
                         for (; m + M <= columns; m += M) {
@@ -293,8 +292,7 @@ struct TurnedTile {
                             const R* ahead = last ? behind(row, k + depth) : weights(m + M, k);
                             block<M, N>(m, row, k, depth, ahead);
                         }
-                        for (; m < columns; ++m)
-                            block<1, N>(m, row, k, depth, weights(m + 1, k));
+                        for (; m < columns; ++m) block<1, N>(m, row, k, depth, weights(m + 1, k));
                     });
                 k += longest;
             } while (k < call.depth);
@@ -383,8 +381,12 @@ void turned_linear(const LinearCall& call, int threads) {
     const auto run = [](void* given, Index unit, int thread) {
         const Context& c = *static_cast<Context*>(given);
         const Index first = unit * turned_columns;
-        TurnedTile<R>{c.call, first, std::min(turned_columns, c.call.columns - first), c.x,
-                      c.sums + thread * tile, c.next}
+        TurnedTile<R>{c.call,
+                      first,
+                      std::min(turned_columns, c.call.columns - first),
+                      c.x,
+                      c.sums + thread * tile,
+                      c.next}
             .run();
     };
     parallel(divide_up(call.columns, turned_columns), threads, run, &context);
