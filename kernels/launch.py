@@ -1,14 +1,16 @@
 """How the kernels are launched: sizes and dtypes they take, block sizes, tuning, start.
 
 A kernel's blocks come from the caller or from its CONFIGS, keyed by dtype and padded head size. On CUDA, where
-several suit the device, triton.autotune measures them once per (head sizes, dtype), not per sequence length;
-elsewhere (the interpreter, a compile without a GPU) the first one is taken. No kernel reads what it writes, so
-that runs repeated by the autotuner change nothing.
+several suit the device, triton.autotune measures them once per (head sizes, dtype), not per sequence length, on the first
+call that fills the device, and keeps what it found in Triton's cache; elsewhere (calls too small to tell, the
+interpreter, a compile without a GPU) the first one is taken. No kernel reads what it writes, so that runs repeated by the
+autotuner change nothing.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ INTERPRETED: bool = not isinstance(tiles.exp, JITFunction)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
+_starting = threading.Lock()  # an autotuner keeps the arguments of the call that it is in
 
 
 class Scoring(NamedTuple):
@@ -216,7 +219,7 @@ def _tuned(kernel: Any, choices: tuple[Blocks, ...]) -> Any:
         triton.Config(_meta(kernel, b), num_warps=b.num_warps, num_stages=b.num_stages)
         for b in choices
     ]
-    return triton.autotune(configs=configs, key=["HEAD_DIM", "V_DIM"])(kernel)
+    return triton.autotune(configs=configs, key=["HEAD_DIM", "V_DIM"], cache_results=True)(kernel)
 
 
 def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
@@ -234,16 +237,18 @@ def run(
     """Start kernel on the device of `on` with one of the choices; programs gives their grid's size, of which there are `parts`."""
     # a default that Triton's versions and environment change
     arguments = {**arguments, "enable_fp_fusion": True}
+    blocks = choices[0]
+    fills = programs(blocks) * parts >= _processors(on.device)
     with torch.cuda.device_of(on):
-        if on.is_cuda and len(choices) > 1:
+        if on.is_cuda and len(choices) > 1 and fills:
             tuned = _tuned(kernel, choices)
 
             def grid(meta: dict[str, int]) -> tuple[int, int]:
                 blocks = Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)
                 return programs(blocks), parts
 
-            _start(tuned, grid, arguments)
+            with _starting:
+                _start(tuned, grid, arguments)
             return
-        blocks = choices[0]
         launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
         _start(kernel, (programs(blocks), parts), {**arguments, **_meta(kernel, blocks), **launch})

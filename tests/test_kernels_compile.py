@@ -8,6 +8,7 @@ spills nothing, but for the configurations measured faster with spills, and stay
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,21 +99,45 @@ def test_lengths_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
-def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA would do: the autotuner gets the choices, keys and a grid that follows the blocks."""
-    started = []
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Tensors say that they are on a device of 16 processors; what is started there."""
+    started: list[Any] = []
     monkeypatch.setattr(launch, "_start", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(launch, "_processors", lambda device: 16)
+    return started
+
+
+def test_autotuning_starts_one_of_the_configurations(on_cuda: list[Any]) -> None:
+    """What CUDA would do: the autotuner gets the choices, keys and a grid that follows the blocks."""
     kernel = compiled.attention._attention_fwd_kernel
     choices = (launch.Blocks(64, 64, 1, 4, 2), launch.Blocks(128, 64, 1, 8, 2))
     launch.run(kernel, lambda b: 1024 // b.block_m, {}, choices, torch.empty(0))
-    ((tuned, grid, arguments),) = started
+    ((tuned, grid, arguments),) = on_cuda
     assert arguments == {"enable_fp_fusion": True}
     assert [config.kwargs["BLOCK_M"] for config in tuned.configs] == [64, 128]
     assert [config.num_warps for config in tuned.configs] == [4, 8]
     assert grid(tuned.configs[1].kwargs) == (8, 1)
     assert launch._tuned(kernel, choices) is tuned
+    assert tuned.cache_results
+
+
+@pytest.mark.parametrize(
+    ("length", "parts", "tuned"), [(960, 1, False), (1024, 1, True), (512, 2, True)]
+)
+def test_what_does_not_fill_the_device_is_not_tuned(
+    length: int, parts: int, tuned: bool, on_cuda: list[Any]
+) -> None:
+    """Of few programs the time says nothing about many: the first configuration runs, and a later call is measured."""
+    kernel = compiled.attention._attention_fwd_kernel
+    choices = (launch.Blocks(64, 64, 1, 4, 2), launch.Blocks(128, 64, 1, 8, 2))
+    launch.run(kernel, lambda b: length // b.block_m, {}, choices, torch.empty(0), parts)
+    ((started, grid, arguments),) = on_cuda
+    assert (started is not kernel) == tuned
+    if not tuned:
+        assert grid == (15, 1) and (arguments["BLOCK_M"], arguments["num_warps"]) == (64, 4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 import zoo
 from atp_fast import Attribution, Engine, PromptPairs, engine
 from atp_fast.attribution import batch as batches
+from atp_fast.attribution import replay
 from atp_fast.attribution.batch import enter_pairs, extent, sweep_extent
 from atp_fast.attribution.graphs import HostReads
 from atp_fast.attribution.memory import SweepPlan
@@ -472,7 +475,35 @@ def test_settings_of_torch_are_in_the_key(llama: PreTrainedModel) -> None:
             found.add(batch_key(asked))
         found.add(batch_key(asked._replace(plan=SweepPlan(3, 2, 0))))
         found.add(batch_key(asked._replace(metric=METRICS_BY_NAME["kl"])))
-    assert len(found) == 3
+        assert len(found) == 3
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_bf16_reduced_precision_reduction
+        try:
+            matmul.allow_bf16_reduced_precision_reduction = not before
+            found.add(batch_key(asked))
+        finally:
+            matmul.allow_bf16_reduced_precision_reduction = before
+    assert len(found) == 4
+
+
+def test_either_way_of_setting_the_precision_of_products_is_in_the_key() -> None:
+    """In a process of its own: torch refuses its older question for good once the newer one was answered."""
+    script = """
+import torch
+from atp_fast.attribution.replay import _product_precision
+found = {_product_precision()}
+torch.set_float32_matmul_precision("high")
+found.add(_product_precision())
+torch.set_float32_matmul_precision("highest")
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+found.add(_product_precision())
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+found.add(_product_precision())
+print(len(found))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
 
 
 # ---- memory, failures, and the end
@@ -506,6 +537,43 @@ def test_out_of_memory_is_an_eager_sweep(
             both.attribute(some_pairs(seed), **FEW)
     assert len(said) == 1
     assert both.replays.bytes == 0 or when != "capture"
+
+
+@pytest.mark.parametrize("when", ["call", "replay 0", "replay 1"])
+def test_memory_is_free_again_before_the_eager_sweep(
+    when: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ran out of it is neither held by the error's traceback nor by a frame that goes on."""
+    held: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    forwards, layers, swept = Recording.forwards, Recording.layers, replay.sweep_batch
+
+    def noting(recording: Recording, plug: Any) -> Any:
+        runs = forwards(recording, plug)
+        held.extend([weakref.ref(recording), weakref.ref(runs)])
+        return runs
+
+    def short(*given: Any) -> None:
+        if when == "call":
+            raise torch.OutOfMemoryError("no room")
+        layers(*given)
+
+    def eager(*args: Any, **named: Any) -> Any:
+        alive.append(len({id(each()) for each in held if each() is not None}))
+        return swept(*args, **named)
+
+    monkeypatch.setattr(Short, "when", when)
+    monkeypatch.setattr(Recording, "forwards", noting)
+    monkeypatch.setattr(Recording, "layers", short)
+    monkeypatch.setattr(replay, "sweep_batch", eager)
+    engine = Engine(llama, "reference")
+    engine._replays = Replays(Short)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(2 if when == "call" else 5):
+            engine.attribute(some_pairs(seed), progress=False, **FEW)
+    # a recording's first batches, the one compared with it while it lives, and the one after it failed
+    assert held and alive == ([0, 0] if when == "call" else [0, 1, 0])
 
 
 class Wrong(Recorder):

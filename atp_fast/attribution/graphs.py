@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -12,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: torch's pinned allocator may still ask them where its memory comes from."""
 _capturing = threading.Lock()  # torch captures one graph of a process at a time
 
 
@@ -36,9 +40,7 @@ class CudaGraphs:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._stream):  # cuBLAS's workspace is not the pool's then
-                torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+            self._stream = _stream(device)
 
     def capture(self, function: Callable[[], T]) -> T:
         graph = torch.cuda.CUDAGraph()
@@ -51,6 +53,12 @@ class CudaGraphs:
             try:
                 with recording:
                     found = function()
+            except BaseException:
+                _failed.append(graph)
+                # torch up to 2.12 goes on allocating for the graph, and the next torch.cuda.empty_cache() would raise
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                raise
             finally:  # a capture that fails leaves its stream current
                 torch.cuda.set_stream(before)
         self._graphs.append(graph)
@@ -65,6 +73,18 @@ class CudaGraphs:
         pool = tuple(self._pool)
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """The stream of all captures on a device: cuBLAS keeps a workspace for each that it has met, and this one's is no pool's."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.ones(2, 2, device=device, dtype=dtype) @ torch.ones(
+                2, 2, device=device, dtype=dtype
+            )
+    return stream
 
 
 class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -106,9 +106,8 @@ class Replays:
         if key is None:
             return eager()
         known = self._met(key)
-        if (recording := self._recorded.pop(key, None)) is not None:
-            self._recorded[key] = recording
-            return self._replayed(key, recording, asked, eager)
+        if key in self._recorded:
+            return self._replayed(key, asked, eager)
         size = sweep_size(plug, pairs, metric, scores.method, scores.space.kinds, plan.precision)
         need = estimate_sweep(plug, plan._replace(pairs=len(pairs)), size)
         self._leave(self._room - need)
@@ -145,38 +144,48 @@ class Replays:
 
     def _record(self, key: Hashable, asked: Asked, eager: Eager) -> tuple[Tensor, Tensor]:
         """Sweep a batch on the buffers of a new recording, calling what is recorded then."""
+        recording: Recording | None = None
+        short = False
         try:
             recording = Recording(self._graphs(asked.plug.device), asked)
             recording.load(asked)
             found = recording.call(asked)
         except torch.OutOfMemoryError:  # buffers and the like: the eager sweep may do less at once
+            short = True  # it is swept below, where no traceback holds what has been run
+        if short:
+            recording = None
             self._known[key].refused = True
             return eager()
+        assert recording is not None
         if found is None:
             return eager()
         recording.store(asked)
         try:
             recording.record(asked.plug)
         except Exception as error:  # whatever a recording does not bear: the sweep is done
-            short = isinstance(error, torch.OutOfMemoryError)
-            why = "out of memory" if short else f"{type(error).__name__}: {error}"
+            memory = isinstance(error, torch.OutOfMemoryError)
+            why = "out of memory" if memory else f"{type(error).__name__}: {error}"
             self._refuse(key, f"a sweep could not be recorded ({why})")
             return found
         self._recorded[key] = recording
         self._leave(self._room // 2)
         return found
 
-    def _replayed(
-        self, key: Hashable, recording: Recording, asked: Asked, eager: Eager
-    ) -> tuple[Tensor, Tensor]:
+    def _replayed(self, key: Hashable, asked: Asked, eager: Eager) -> tuple[Tensor, Tensor]:
         """Replay a batch; a recording's first one is swept eagerly too, and has to give the same bits."""
+        recording: Recording | None = self._recorded.pop(key)
+        assert recording is not None
+        self._recorded[key] = recording  # the last one used
+        short = False
         try:
             recording.load(asked)
             found = recording.replay(asked)
         except torch.OutOfMemoryError:
+            short = True
+        if short:
+            recording = None
             self._refuse(key, "out of memory in a replayed sweep")
             self.release()
-            del recording
             return eager()
         if found is None:
             return eager()
@@ -225,8 +234,11 @@ class Asked(NamedTuple):
 class Recording:
     """A batch's sweep on buffers: called, recorded, and replayed for others of its key.
 
-    sums: the batch's part of the scores, before and after; compared: whether a replayed batch was found to give the eager bits.
+    sums: the batch's part of the scores, before and after; compared: whether a replayed batch was found to give the eager bits;
+    bytes: what it holds of the device's memory, once it is recorded.
     """
+
+    bytes: int
 
     def __init__(self, graphs: Graphs, asked: Asked) -> None:
         self._graphs, self._plan = graphs, asked.plan
@@ -241,12 +253,6 @@ class Recording:
         self._cotangent: Tensor | None = None
         self._ends: PairRuns | None = None
         self.compared = False
-
-    @functools.cached_property
-    def bytes(self) -> int:
-        """Once it is recorded."""
-        own = sum(x.untyped_storage().nbytes() for x in (*self._buffers, *self.sums.tables()))
-        return own + self._graphs.bytes()
 
     def load(self, asked: Asked) -> None:
         """Copy a batch and its part of the scores."""
@@ -282,6 +288,8 @@ class Recording:
             prefix=None if runs.prefix is None else runs.prefix.end(),
             tapes={},
         )
+        own = sum(x.untyped_storage().nbytes() for x in (*self._buffers, *self.sums.tables()))
+        self.bytes = own + self._graphs.bytes()
 
     def replay(self, asked: Asked) -> tuple[Tensor, Tensor] | None:
         """As `call`, by what is recorded."""
@@ -415,7 +423,7 @@ def batch_key(asked: Asked) -> tuple[Hashable, Hashable] | None:
         *(isinstance(batch.column, Tensor), scores.per_pair is None),
         *(plan.precision, plan.together, scores.method, scores.dtype, scores.space.kinds),
         *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
+        *(_product_precision(), torch.are_deterministic_algorithms_enabled()),
     )
     shapes = (
         *(len(batch.pairs), batch.start, batch.positions, arguments, plan),
@@ -423,6 +431,18 @@ def batch_key(asked: Asked) -> tuple[Hashable, Hashable] | None:
         _columns(batch, scores),
     )
     return kind, shapes
+
+
+def _product_precision() -> Hashable:
+    """How torch is told to multiply on a GPU. Its older questions raise where somebody has answered the newer ones."""
+    matmul = torch.backends.cuda.matmul
+    new = [getattr(each, "fp32_precision", None) for each in (torch.backends, matmul)]
+    old = torch.get_float32_matmul_precision() if new[1] is None else None
+    reduced = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
+    return *new, old, *reduced
 
 
 def plain(value: object, tensors: bool = True) -> Hashable:
