@@ -128,10 +128,11 @@ class Engine:
                 values = stream_sweeps(
                     self.plug, run_pairs, asked.metric, plan, scores, batches, bar.update
                 )
-            for rows, (clean, corrupted) in zip(batches, values, strict=True):
-                clean_value[rows], corrupted_value[rows] = (
-                    x.to(clean_value) for x in (clean, corrupted)
-                )
+            # on their device, so that the host does not wait between batches; copies, for a value may be a view of the logits
+            found = [(clean.clone(), corrupted.clone()) for clean, corrupted in values]
+        for rows, (clean, corrupted) in zip(batches, found, strict=True):
+            clean_value[rows] = clean.to(clean_value)
+            corrupted_value[rows] = corrupted.to(clean_value)
         scores.gather(self.plug.shares.whole, asked.space)
         seconds = time.perf_counter() - began
         _warn_of_nothing(scores, run_pairs, asked.metric)

@@ -122,9 +122,10 @@ def bench(model_name: str, positions: int, options: argparse.Namespace) -> None:
     shape = {"model": model_name, "T": positions, "B": 1}
     own = model.dtype
     dtype = str(own).removeprefix("torch.")
-    with alone(options.lock):
-        check_agreement(model, min(positions, 64), options.backend)
-    model.to(own)
+    if options.gate:
+        with alone(options.lock):
+            check_agreement(model, min(positions, 64), options.backend)
+        model.to(own)
     ours = [
         Provider("atp_fast", options.backend, method, precision)
         for method in options.methods
@@ -234,6 +235,12 @@ def main() -> None:
         help="longest prompt of the reference",
     )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument(
+        "--no-gate",
+        dest="gate",
+        action="store_false",
+        help="do not compare the scores before timing, which compiles every kernel in float32 too",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one model, T=32, two rounds, no memory"
     )

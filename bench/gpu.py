@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in eight minutes, the most important first (make gpu).
 
-The engine's and the kernels' tests, then the engine's rows, eager and replayed, and the kernels'. Each step's output goes to runs/gpu/STEP.log, what
-became of it to runs/gpu/summary.json, with device, date and commit; rows go where the benchmarks put them. A step that takes
+The engine's tests and rows, eager and replayed, then the kernels'. Each step's output goes to runs/gpu/STEP.log, what became
+of it to runs/gpu/summary.json, with device, date and commit; rows go where the benchmarks put them. A step that takes
 longer than its share is cut, so that one that hangs does not cost the others. Exit code 1 where a step failed or was cut.
 Needs torch, triton, transformers and pytest-xdist; atp_fast is installed from these sources where it is not.
 """
@@ -37,16 +37,19 @@ def steps() -> list[Step]:
     """In the order of what a cut would lose."""
     workers = str(min(12, os.cpu_count() or 1))
     test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers]
-    bench = [sys.executable, "bench/bench_engine.py", "--no-memory", "--rounds", "3"]
+    ops = [*test, "tests/test_ops_triton.py", "-k"]
+    engine = [sys.executable, "bench/bench_engine.py", "--no-gate", "--no-memory", "--rounds", "3"]
     kernels = [sys.executable, "bench/bench_kernels.py", "--no-gate", "--no-compile"]
     return [
-        Step("engine-tests", [*test, "tests/test_cuda.py", "-k", "not replay"], 120),
+        Step("engine-tests", [*test, "tests/test_cuda.py", "-k", "not replay"], 100),
+        # a process per method: the rows of one are written before the other begins
+        Step("engine-rows", [*engine, "--T", "512", "--methods", "atp*"], 100),
+        Step("engine-rows-atp", [*engine, "--T", "512", "--methods", "atp"], 60),
         Step("replay-tests", [*test, "tests/test_cuda.py", "-k", "replay"], 90),
+        Step("kernel-rows", [*kernels, "--dtype", "bfloat16", "--quick"], 100),
         Step("new-op-tests", [*test, "tests/test_add_effects.py", "tests/test_norm.py"], 60),
-        Step("op-tests-bf16", [*test, "tests/test_ops_triton.py", "-k", "bf16"], 90),
-        Step("engine-rows", [*bench, "--T", "512", "--methods", "atp", "atp*"], 120),
-        Step("kernel-rows", [*kernels, "--dtype", "bfloat16", "--quick"], 120),
-        Step("op-tests", [*test, "tests/test_ops_triton.py", "-k", "not bf16"], 120),
+        Step("op-tests-bf16", [*ops, "bf16 and not interpreter"], 100),
+        Step("op-tests", [*ops, "not bf16 and not interpreter"], 120),
         Step("all-kernel-rows", [*kernels, "--dtype", "bfloat16"], 240),
     ]
 
