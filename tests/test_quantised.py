@@ -123,7 +123,7 @@ def test_both_prompts_in_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = layers.build("gptq-standin")
     pairs = zoo.random_pairs(model, 2, 7)
     right = Engine(plain).attribute(pairs, progress=False)
-    monkeypatch.setattr(memory, "saves_starts", lambda device: True)
+    monkeypatch.setattr(memory, "saves_starts", lambda device, rows: True)
     assert_close(Engine(model, memory_budget="1GiB").attribute(pairs, progress=False), right)
 
 

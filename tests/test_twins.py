@@ -13,7 +13,6 @@ from torch import nn
 import atp_fast.engine
 import zoo
 from atp_fast import Engine
-from atp_fast.attribution import memory
 from atp_fast.attribution.memory import Budget, SweepSize, plan_sweep
 from atp_fast.attribution.twins import Given, Noting
 from atp_fast.hf.norms import find_norms
@@ -168,11 +167,15 @@ def test_prompts_run_together_where_starts_are_waited_for(monkeypatch: pytest.Mo
     size = SweepSize(positions=8, prefix=0, cotangents=3, kinds=("q",), logits=1)
     enough, little = Budget(2**30, auto=False), Budget(1, auto=False)
 
-    def together(budget: Budget, **changes: object) -> bool:
-        return plan_sweep(plug, budget, size._replace(**changes), pairs=1, together=False).together
+    def together(budget: Budget, pairs: int = 1, **changes: object) -> bool:
+        asked = size._replace(**changes)
+        plan = plan_sweep(plug, budget, asked, pairs=pairs, together=True)
+        assert plan.pairs == pairs
+        return plan.together
 
-    assert not together(enough)
-    monkeypatch.setattr(memory, "saves_starts", lambda device: True)
-    assert together(enough)
+    assert together(enough) and together(enough, 32) and together(enough, positions=256)
+    assert not together(enough, 33) and not together(enough, positions=257)  # on a CPU
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+    assert together(enough, 33) and together(enough, positions=257)
     assert not together(little)
     assert not together(enough, precision="bf16")
