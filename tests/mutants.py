@@ -66,6 +66,68 @@ INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
 DICTS = "tests/test_dictionaries.py -k "
 
 FAULTS = [
+    # the product of linear layers, and what is tuned
+    Fault(
+        "csrc/linear.h",
+        "std::min(c.rows, c.call.rows - row),",
+        "c.rows,",
+        "tests/test_linears.py -k product",
+    ),
+    Fault(
+        "csrc/linear.h",
+        "right + at * N * L)",
+        "right + at * turned_width<R>)",
+        "tests/test_linears.py -k product",
+    ),
+    Fault(
+        "csrc/linear.h",
+        "while (turned_columns % rows) --rows;",
+        "",
+        "tests/test_linears.py -k product",
+    ),
+    Fault(
+        "csrc/linear.h",
+        "round_up(divide_up(depth, blocks), lanes<R>)",
+        "divide_up(depth, blocks) / lanes<R> * lanes<R>",
+        "tests/test_linears.py -k product",
+    ),
+    Fault(
+        "kernels/launch.py",
+        "* parts >= _processors",
+        "> _processors",
+        "tests/test_kernels_compile.py -k tuned",
+    ),
+    Fault(
+        "kernels/launch.py",
+        ", cache_results=True",
+        "",
+        "tests/test_kernels_compile.py -k autotuning",
+    ),
+    Fault(
+        "atp_fast/attribution/memory.py",
+        "rows <= _FEW_ROWS",
+        "rows < _FEW_ROWS",
+        "tests/test_twins.py -k waited",
+    ),
+    # memory after a replay that had too little
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "            recording = None\n            self._refuse",
+        "            self._refuse",
+        REPLAY + "free_again",
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "            recording = None\n            self._known[key].refused = True\n",
+        "            self._known[key].refused = True\n",
+        REPLAY + "free_again",
+    ),
+    Fault(
+        "atp_fast/attribution/replay.py",
+        "*(_product_precision(), ",
+        "*(",
+        REPLAY + "settings_of_torch",
+    ),
     # models that several processes share
     Fault(
         "atp_fast/attribution/adjoint.py",
@@ -356,8 +418,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/replay.py",
-        "self._recorded[key] = recording\n            return self._replayed",
-        "self._recorded = {key: recording, **self._recorded}\n            return self._replayed",
+        "self._recorded[key] = recording  # the last one used",
+        "self._recorded = {key: recording, **self._recorded}",
         REPLAY + "take_turns",
     ),
     Fault(
@@ -381,14 +443,14 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/engine.py",
-        "x.to(clean_value) for x in (clean, corrupted)",
-        "x.to(clean_value) for x in (corrupted, clean)",
+        "corrupted_value[rows] = corrupted.to(clean_value)",
+        "corrupted_value[rows] = clean.to(clean_value)",
         SWEEP,
     ),
     Fault(
         "atp_fast/engine.py",
-        "clean_value[rows], corrupted_value[rows] = (",
-        "clean_value[: len(rows)], corrupted_value[: len(rows)] = (",
+        "clean_value[rows] = clean.to",
+        "clean_value[: len(rows)] = clean.to",
         SWEEP,
     ),
     Fault(
