@@ -100,7 +100,7 @@ class Launches(TorchDispatchMode):
             for patch in (
                 mock.patch.object(triton, "INTERPRETED", True),
                 mock.patch.object(launch, "_start", self.started),
-                mock.patch.object(memory, "saves_starts", lambda device: True),
+                mock.patch.object(memory, "saves_starts", lambda device, rows: True),
                 mock.patch.object(torch, "empty", zeroed(torch.empty)),
                 mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
                 mock.patch.object(sweeps, "run_batch", self.during("forwards", sweeps.run_batch)),

@@ -67,10 +67,10 @@ def spans() -> PromptPairs:
 
 
 @contextlib.contextmanager
-def twins() -> Iterator[None]:
-    """Both prompts in one batch while taping, as on a GPU."""
+def apart() -> Iterator[None]:
+    """The prompts one after the other while taping, as many rows are run on a CPU."""
     own = memory.saves_starts
-    memory.saves_starts = lambda device, rows: True
+    memory.saves_starts = lambda device, rows: False
     try:
         yield
     finally:
@@ -106,8 +106,8 @@ def many_answers(model: Any, rank: int = 0) -> dict[str, dict[str, Tensor]]:
     ask("denoising", direction="denoising", metric="nll")
     ask("kl", metric="kl")
     ask("at once", metric=first_margin)
-    with twins():
-        ask("twins")
+    with apart():
+        ask("apart")
     narrow = Engine(model, precision="bf16")
     found["bf16"] = narrow.attribute(pairs, progress=False).contribution
     tight = Engine(model, memory_budget=90_000 * (1 + 40 * rank))
@@ -181,7 +181,7 @@ def traffic(model: Any) -> dict[str, int]:
     for name, method, how in (
         ("atp", "atp", contextlib.nullcontext()),
         ("atp*", "atp*", contextlib.nullcontext()),
-        ("twins", "atp*", twins()),
+        ("apart", "atp*", apart()),
     ):
         sums, dist.all_reduce = 0, count
         try:

@@ -168,10 +168,10 @@ def test_sums_over_processes_are_two_a_layer_each_way_for_any_cotangents(
     """Forward: the prefix, the clean and the corrupted prompts, or both at once; back: all but the first layer's attention,
     and the head."""
     layers = 3
-    wanted = 2 * layers * 3 + (2 * layers - 1) + 1
+    wanted = 2 * layers * 2 + (2 * layers - 1) + 1
     for found in both:
-        twins = wanted - 2 * layers
-        assert found["traffic"] == {"atp": wanted, "atp*": wanted, "twins": twins}
+        apart = wanted + 2 * layers
+        assert found["traffic"] == {"atp": wanted, "atp*": wanted, "apart": apart}
 
 
 def test_what_is_agreed_on_is_the_largest_and_nan_counts(both: list[dict[str, Any]]) -> None:

@@ -134,7 +134,8 @@ class Costs(NamedTuple):
     stored: int  # both runs' layer inputs
     forward: int  # the worst moment of a layer's forward
     tape: int  # what a layer's tape holds, and the node values of the corrupted run
-    twin: int  # what a tape keeps of the corrupted prompt, where both ran in one batch
+    twin: int  # what a tape keeps of the corrupted prompt, where both ran in one batch, its node values among it
+    values: int  # those
     statistics: int  # what a tape holds of the key fix
     summed: int  # with spans: neurons' effects while they are summed
     carried: int  # one cotangent: of a layer's output, and of its input
@@ -166,6 +167,7 @@ def costs(plug: Plug, kinds: Sequence[str]) -> Costs:
         forward=layer.forward,
         tape=held + item * values,
         twin=held,
+        values=item * values,
         statistics=layer.statistics,
         summed=item * 5 * neurons,
         carried=item * 2 * hidden,
@@ -192,7 +194,9 @@ def estimate_sweep(plug: Plug, plan: SweepPlan, size: SweepSize, cost: Costs | N
     rows = pairs * size.positions
     always = rows * cost.stored + pairs * size.prefix * cost.prefix + plug.made_bytes
     always += _feature_bytes(plug, plan, size)
-    each = cost.tape + (cost.twin if plan.together else 0)
+    each = cost.tape
+    if plan.together:  # with spans the values are moved, and so copied
+        each += cost.twin if size.spans else max(0, cost.twin - cost.values)
     each += cost.statistics if size.statistics else 0
     tape = rows * each + pairs * size.prefix * cost.taped_prefix
     tape += cost.narrow if size.precision == "bf16" else 0
