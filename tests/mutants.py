@@ -62,6 +62,7 @@ PRUNE = "tests/integrations/test_auto_circuit.py"
 SPLIT = "tests/test_tensor_parallel.py -m 'not slow'"
 GROUPS = "tests/test_tensor_parallel.py -k dead"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
+COMPILED = "tests/test_kernels_compile.py -k "
 
 DICTS = "tests/test_dictionaries.py -k "
 
@@ -266,6 +267,12 @@ FAULTS = [
         "y2 = x2 * c2 - x1 * s1",
         "y2 = x2 * c2 - x1 * s2",
         f"INTERPRET {NORMS}",
+    ),
+    Fault(
+        "kernels/rotate.py",
+        "_TILE // max(block, beside)",
+        "_TILE // block",
+        COMPILED + "few_columns",
     ),
     Fault("atp_fast/hf/norms.py", "for offset in (0.0, 1.0)]", "for offset in (0.0,)]", TWINS),
     Fault("atp_fast/hf/rotations.py", "if count == 1:", "if count:", TWINS),

@@ -98,6 +98,21 @@ def test_lengths_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.parametrize("rotated", [2, 32, 64])
+def test_rotations_of_few_columns_keep_to_the_tile(rotated: int) -> None:
+    """The columns beside them count: as many rows as their own columns allow spilled, or compiled for ten minutes."""
+    x = torch.empty(1, 4, 64, 16, 128, device="meta").transpose(2, 3)
+    cos = torch.empty(4, 64, rotated, device="meta")
+    (start,) = compiled.binaries.captured(
+        lambda: compiled.rotate.launch_rotate(x, cos, cos, True, x)
+    )
+    rows, *columns = (start.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_REST"))
+    assert rows * max(columns) == 2048
+    found = compiled.binaries.inspect(compiled.binaries.compiled(start, "sm_90"))
+    assert found.spilled == 0
+    assert found.registers <= 96
+
+
 def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA would do: the autotuner gets the choices, keys and a grid that follows the blocks."""
     started = []
