@@ -274,6 +274,12 @@ FAULTS = [
         "_TILE // block",
         COMPILED + "few_columns",
     ),
+    Fault(
+        "kernels/node_effects.py",
+        "    rows2 = tl.cast(rows2, tl.int64)\n",
+        "",
+        COMPILED + "64_bits",
+    ),
     Fault("atp_fast/hf/norms.py", "for offset in (0.0, 1.0)]", "for offset in (0.0,)]", TWINS),
     Fault("atp_fast/hf/rotations.py", "if count == 1:", "if count:", TWINS),
     Fault(

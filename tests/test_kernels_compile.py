@@ -98,6 +98,20 @@ def test_lengths_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
+def test_rows_of_many_axes_are_counted_in_64_bits() -> None:
+    """Cotangents lie rows2 * rows1 * rows0 numbers apart, which int32 need not hold though it holds each."""
+    delta = torch.empty(4, 6, 10, 1, device="meta").transpose(0, 1)[:, :, :8]
+    grad = torch.empty(3, 4, 6, 10, 1, device="meta").transpose(1, 2)[:, :, :, :8]
+    (start,) = compiled.binaries.captured(
+        lambda: compiled.node_effects.launch_node_effects(delta, grad, None)
+    )
+    assert [start.arguments[f"rows{i}"] for i in range(3)] == [6, 4, 8]
+    text = compiled.binaries.compiled(start, "sm_90").asm["ttir"]
+    products = [line for line in text.splitlines() if "arith.muli" in line]
+    assert products
+    assert [line for line in products if ": i64" not in line] == []
+
+
 @pytest.mark.parametrize("rotated", [2, 32, 64])
 def test_rotations_of_few_columns_keep_to_the_tile(rotated: int) -> None:
     """The columns beside them count: as many rows as their own columns allow spilled, or compiled for ten minutes."""
