@@ -7,8 +7,11 @@ grad: (C, batch, positions, width, dim), values (batch, positions, width, dim), 
 differences, products and sums float32; score, effect: (columns, width) float32 with contiguous rows, per_pair (pairs,
 columns, width) the same. width is the number of heads or of neurons, dim head_dim, 1 for neurons and effects, d_model for writes.
 
-One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Each
-gradient and, where dim fits a tile, each value is read once. Bytes per element of grad: its size, and twice that by C.
+One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Where such
+programs are few, each goes over a part of the pairs into tables of that part, at most 4 MB of all, and a second kernel adds the
+parts to score and effect, in a fixed order: sizes and the device decide every bit. rows must not repeat. Gradients of several
+cotangents are copied ahead to shared memory; each of them and, where dim fits a tile, each value is read once. Bytes per element
+of grad: its size, and twice that by C.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, pair_parts, run, strides
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
@@ -52,6 +55,7 @@ def _add_effects_kernel(
     stride_yi,
     stride_yw,
     stride_yd,
+    stride_sp,
     stride_sj,
     stride_pb,
     stride_pj,
@@ -64,8 +68,7 @@ def _add_effects_kernel(
     PAIR_SIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK_M)
@@ -74,7 +77,9 @@ def _add_effects_kernel(
     inside = offs_m < width
     score = tl.zeros([BLOCK_M], tl.float32)
     effect = tl.zeros([BLOCK_M], tl.float32)
-    for b in range(0, batch):
+    part = tl.program_id(1)
+    pairs = tl.cdiv(batch, tl.num_programs(1))
+    for b in range(part * pairs, tl.minimum((part + 1) * pairs, batch)):
         b = tl.cast(b, tl.int64)
         i = column
         if first_ptr is not None:
@@ -94,7 +99,7 @@ def _add_effects_kernel(
             delta = y.to(tl.float32) - x.to(tl.float32)
         pair_score = tl.zeros([BLOCK_M], tl.float32)
         pair_effect = tl.zeros([BLOCK_M], tl.float32)
-        for c in range(0, cotangents):
+        for c in tl.range(0, cotangents, num_stages=STAGES):
             if HEAD_DIM <= BLOCK_N:
                 g = load_rows(g_ptr, offs_m, limit, stride_gw, stride_gd, HEAD_DIM, BLOCK_N)
                 g = g.to(tl.float32)
@@ -119,18 +124,82 @@ def _add_effects_kernel(
             p_ptrs = pair_ptr + tl.load(rows_ptr + b) * stride_pb + column * stride_pj + offs_m
             kept = pair_effect if PAIR_SIGNED else pair_score
             tl.store(p_ptrs, tl.load(p_ptrs, mask=inside, other=0.0) + kept, mask=inside)
-    s_ptrs = score_ptr + column * stride_sj + offs_m
-    tl.store(s_ptrs, tl.load(s_ptrs, mask=inside, other=0.0) + score, mask=inside)
+    # a part's tables hold nothing yet
+    before = inside & (tl.num_programs(1) == 1)
+    offs_s = part.to(tl.int64) * stride_sp + column * stride_sj + offs_m
+    tl.store(score_ptr + offs_s, tl.load(score_ptr + offs_s, mask=before, other=0.0) + score, mask=inside)  # fmt: skip
     if effect_ptr is not None:
-        e_ptrs = effect_ptr + column * stride_sj + offs_m
-        tl.store(e_ptrs, tl.load(e_ptrs, mask=inside, other=0.0) + effect, mask=inside)
+        tl.store(effect_ptr + offs_s, tl.load(effect_ptr + offs_s, mask=before, other=0.0) + effect, mask=inside)  # fmt: skip
 
 
-def default_blocks(width: int, dim: int) -> Blocks:
-    """A tile of 2048 elements at most, whole vectors up to 1024 wide: nothing for an autotuner to choose."""
+@triton.jit
+def _sum_of_parts(part_ptr, offs_m, parts, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M] entries of the tables, summed over the parts in a fixed order."""
+    offs_n = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, parts, BLOCK_N):
+        ns = start + offs_n
+        ptrs = part_ptr + ns.to(tl.int64)[:, None] * entries + offs_m[None, :]
+        inside = (ns < parts)[:, None] & (offs_m < entries)[None, :]
+        # [BLOCK_N, BLOCK_M]
+        total += tl.sum(tl.load(ptrs, mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["stride_sj", "parts", "entries", "width"])
+def _add_parts_kernel(
+    score_part_ptr,
+    effect_part_ptr,
+    score_ptr,
+    effect_ptr,
+    stride_sj,
+    parts,
+    entries,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = offs_m < entries
+    offs_s = offs_m // width * stride_sj + offs_m % width
+    score = _sum_of_parts(score_part_ptr, offs_m, parts, entries, BLOCK_M, BLOCK_N)
+    tl.store(score_ptr + offs_s, tl.load(score_ptr + offs_s, mask=inside, other=0.0) + score, mask=inside)  # fmt: skip
+    if effect_ptr is not None:
+        effect = _sum_of_parts(effect_part_ptr, offs_m, parts, entries, BLOCK_M, BLOCK_N)
+        tl.store(effect_ptr + offs_s, tl.load(effect_ptr + offs_s, mask=inside, other=0.0) + effect, mask=inside)  # fmt: skip
+
+
+def default_blocks(width: int, dim: int, cotangents: int) -> Blocks:
+    """A tile of 2048 elements at most, whole vectors up to 1024 wide: nothing for an autotuner to choose.
+
+    From four cotangents on, the next three of a pair are on their way while one is summed.
+    """
     block_d = min(triton.next_power_of_2(max(dim, 1)), _MAX_BLOCK_D)
     block_w = min(triton.next_power_of_2(max(width, 1)), _TILE // block_d)
-    return Blocks(block_w, block_d, 1, 4 if block_w * block_d > 512 else 1, 1)
+    warps = 4 if block_w * block_d > 512 else 1
+    return Blocks(block_w, block_d, 1, warps, 4 if cotangents >= 4 else 1)
+
+
+# entries and parts
+PART_BLOCKS = Blocks(128, 16, 1, 4, 1)
+
+
+def launch_add_parts(
+    parts: Tensor, score: Tensor, effect: Tensor | None, *, blocks: Blocks = PART_BLOCKS
+) -> None:
+    """Adds the sums of parts[0] over its first axis to score, and those of parts[1] to effect."""
+    entries, width = score.numel(), score.shape[1]
+    arguments: dict[str, Any] = {
+        "score_part_ptr": parts[0],
+        "effect_part_ptr": None if effect is None else parts[1],
+        "score_ptr": score,
+        "effect_ptr": effect,
+        "stride_sj": score.stride(0),
+        "parts": parts.shape[1],
+        "entries": entries,
+        "width": width,
+    }
+    run(_add_parts_kernel, lambda b: cdiv(entries, b.block_m), arguments, (blocks,), score)
 
 
 def launch_add_effects(
@@ -147,8 +216,12 @@ def launch_add_effects(
     pair_signed: bool,
     *,
     blocks: Blocks | None = None,
+    parts: int | None = None,
 ) -> None:
-    """Adds to score, effect and per_pair. What is written is read before: no launch may be repeated."""
+    """Adds to score, effect and per_pair. What is written is read before: no launch may be repeated.
+
+    parts: into how many the pairs go (launch.pair_parts chooses).
+    """
     check_dtype("grad", grad)
     cotangents, batch, positions, width, dim = grad.shape
     columns = score.shape[0]
@@ -172,6 +245,7 @@ def launch_add_effects(
         "effect_ptr": effect,
         "pair_ptr": per_pair,
         "rows_ptr": rows,
+        "stride_sp": 0,
         **strides("g", grad, "cbiwd"),
         **value_strides("x", clean),
         **value_strides("y", corrupted),
@@ -186,11 +260,19 @@ def launch_add_effects(
         "V_DIM": dim,
         "PAIR_SIGNED": pair_signed,
     }
-    chosen = blocks or default_blocks(width, dim)
-    run(
-        _add_effects_kernel,
-        lambda b: columns * cdiv(width, b.block_m),
-        arguments,
-        (chosen,),
-        grad,
-    )
+    chosen = blocks or default_blocks(width, dim, cotangents)
+
+    def programs(b: Blocks) -> int:
+        return columns * cdiv(width, b.block_m)
+
+    tables = 1 if effect is None else 2
+    table = 4 * tables * columns * width
+    parts = parts or pair_parts(programs(chosen), batch, cotangents, table, grad)
+    if parts == 1:
+        run(_add_effects_kernel, programs, arguments, (chosen,), grad)
+        return
+    own = torch.empty((tables, parts, columns, width), dtype=torch.float32, device=grad.device)
+    arguments["score_ptr"], arguments["effect_ptr"] = own[0], None if effect is None else own[1]
+    arguments["stride_sp"], arguments["stride_sj"] = own.stride(1), width
+    run(_add_effects_kernel, programs, arguments, (chosen,), grad, parts)
+    launch_add_parts(own, score, effect)

@@ -251,6 +251,48 @@ FAULTS = [
         f"INTERPRET {ADDED}",
     ),
     Fault(
+        "kernels/add_effects.py",
+        "tl.minimum((part + 1) * pairs, batch)",
+        "tl.minimum((part + 1) * pairs + 1, batch)",
+        f"INTERPRET {ADDED} -k parts",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "before = inside & (tl.num_programs(1) == 1)",
+        "before = inside",
+        f"INTERPRET {ADDED} -k parts",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "part.to(tl.int64) * stride_sp + column",
+        "column",
+        f"INTERPRET {ADDED} -k parts",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "inside = (ns < parts)",
+        "inside = (ns < parts - 1)",
+        f"INTERPRET {ADDED} -k parts",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "None if effect is None else own[1]",
+        "None if effect is None else own[0]",
+        f"INTERPRET {ADDED} -k parts",
+    ),
+    Fault(
+        "kernels/launch.py",
+        "        pairs * cotangents // _STEPS_OF_A_PART,\n",
+        "",
+        COMPILED + "pairs",
+    ),
+    Fault(
+        "kernels/launch.py",
+        "        _BYTES_OF_PARTS // table,\n",
+        "",
+        COMPILED + "pairs",
+    ),
+    Fault(
         "csrc/norm.h",
         "h[i] = (h[i] - level - n[i] * along) * rstd;",
         "h[i] = (h[i] - n[i] * along) * rstd;",

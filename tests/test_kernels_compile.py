@@ -191,3 +191,56 @@ def test_parts_of_a_group_are_programs_of_their_own(monkeypatch: pytest.MonkeyPa
     compiled._other_effects(x, blocks)
     programs = 256 // 64 * compiled.BATCH * compiled.KV_HEADS * compiled.COTANGENTS // 2
     assert grids == [(programs, compiled.HEADS // compiled.KV_HEADS)] * 2
+
+
+@pytest.mark.parametrize(
+    ("programs", "pairs", "cotangents", "table", "parts"),
+    [
+        (16, 400, 10, 2048, 58),
+        (16, 4000, 1, 2048, 66),
+        (16, 60, 10, 2048, 15),  # no part of less than 32 cotangents of pairs
+        (16, 6, 9, 2048, 1),
+        (16, 7, 90, 2048, 7),
+        (96, 400, 10, 1_409_024, 2),  # no more than 4 MB
+        (96, 400, 10, 5_000_000, 1),
+        (528, 400, 10, 70_000, 2),
+        (529, 400, 10, 70_000, 1),
+        (9999, 400, 10, 70_000, 1),
+    ],
+)
+def test_pairs_are_split_where_programs_are_few(
+    programs: int,
+    pairs: int,
+    cotangents: int,
+    table: int,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    assert launch.pair_parts(programs, pairs, cotangents, table, torch.empty(0)) == parts
+
+
+def _split(pairs: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and grids that add the effects of heads by 10 cotangents of so many pairs, 16 tokens long."""
+    starts: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        launch, "_start", lambda kernel, grid, given: starts.append((kernel.__name__, grid))
+    )
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    z = torch.empty(pairs, 16, 16, 64, device="meta")
+    grad, sums = z.expand(10, *z.shape), z[0, :, :, 0]
+    compiled.add_effects.launch_add_effects(
+        grad, grad[:, 0, 0, 0, 0], sums, sums, z, z, None, None, None, None, False
+    )
+    return starts
+
+
+def test_parts_of_pairs_are_programs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _split(400, monkeypatch) == [
+        ("_add_effects_kernel", (16, 58)),
+        ("_add_parts_kernel", (2, 1)),
+    ]
+
+
+def test_few_pairs_are_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _split(6, monkeypatch) == [("_add_effects_kernel", (16, 1))]
