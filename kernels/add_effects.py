@@ -30,7 +30,11 @@ _MAX_BLOCK_D = 1024
 _TILE = 2048
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "cotangents"])
+@triton.jit(
+    do_not_specialize=["batch", "positions", "cotangents"],
+    # read a number at a time, from anywhere in their tables
+    do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],
+)
 def _add_effects_kernel(
     grad_ptr,
     clean_ptr,

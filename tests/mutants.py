@@ -281,6 +281,12 @@ FAULTS = [
         f"INTERPRET {ADDED} -k parts",
     ),
     Fault(
+        "kernels/add_effects.py",
+        'do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],',
+        "do_not_specialize_on_alignment=[],",
+        COMPILED + "slices",
+    ),
+    Fault(
         "kernels/launch.py",
         "        pairs * cotangents // _STEPS_OF_A_PART,\n",
         "",

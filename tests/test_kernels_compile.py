@@ -98,6 +98,26 @@ def test_lengths_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
+def test_slices_of_weights_do_not_compile_again() -> None:
+    """A layer's cotangents and a batch's pairs begin anywhere in their tables."""
+    case = next(c for c in compiled.shipped() if c.kernel == "add_effects")
+    (start,) = compiled.starts(case)
+    mock = compiled.binaries.MockTensor
+    arguments = {
+        name: mock(x.dtype) if isinstance(x, torch.Tensor) else x
+        for name, x in start.arguments.items()
+    }
+    numbers, hashes = torch.zeros(64), set()
+    for begin in (0, 1):
+        weights, rows = numbers[begin:], numbers.long()[begin:]
+        assert (weights.data_ptr() % 16 == 0) == (rows.data_ptr() % 16 == 0) == (begin == 0)
+        arguments |= {"weights_ptr": weights, "first_ptr": rows, "rows_ptr": rows}
+        arguments["pair_ptr"] = mock(torch.float32)
+        with compiled.binaries.stub_driver("sm_90"):
+            hashes.add(start.kernel.warmup(**arguments, grid=(1,)).hash)
+    assert len(hashes) == 1
+
+
 def test_rows_of_many_axes_are_counted_in_64_bits() -> None:
     """Cotangents lie rows2 * rows1 * rows0 numbers apart, which int32 need not hold though it holds each."""
     delta = torch.empty(4, 6, 10, 1, device="meta").transpose(0, 1)[:, :, :8]
