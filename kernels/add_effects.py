@@ -7,15 +7,17 @@ grad: (C, batch, positions, width, dim), values (batch, positions, width, dim), 
 differences, products and sums float32; score, effect: (columns, width) float32 with contiguous rows, per_pair (pairs,
 columns, width) the same. width is the number of heads or of neurons, dim head_dim, 1 for neurons and effects, d_model for writes.
 
-One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Where such
-programs are few, each goes over a part of the pairs into tables of that part, at most 4 MB of all, and a second kernel adds the
-parts to score and effect, in a fixed order: sizes and the device decide every bit. rows must not repeat. Gradients of several
-cotangents are copied ahead to shared memory; each of them and, where dim fits a tile, each value is read once. Bytes per element
-of grad: its size, and twice that by C.
+One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Pairs go in groups,
+whose sums are added in order; their number depends on pairs, cotangents and the tile alone. Where programs are few, each sums one
+group into a table of its own, all of them 8 MB at most, and a second kernel adds the tables to score and effect in that order: the
+bits are the same as one program's, on every device and for any number of columns, which replayed sweeps need. rows must not
+repeat. Gradients of several cotangents are copied ahead to shared memory; each of them and, where dim fits a tile, each value is
+read once. Bytes per element of grad: its size, and twice that by C.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,15 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, pair_parts, run, strides
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides, too_few
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
 _TILE = 2048
+_STEPS_OF_A_GROUP = 32
+_MOST_GROUPS = 64
+_NODES = 8192
+_BYTES_OF_TABLES = 2**23
 
 
 @triton.jit(
-    do_not_specialize=["batch", "positions", "cotangents"],
+    do_not_specialize=["batch", "positions", "cotangents", "groups"],
     # read a number at a time, from anywhere in their tables
     do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],
 )
@@ -66,6 +72,7 @@ def _add_effects_kernel(
     batch,
     positions,
     cotangents,
+    groups,
     width,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -82,8 +89,13 @@ def _add_effects_kernel(
     score = tl.zeros([BLOCK_M], tl.float32)
     effect = tl.zeros([BLOCK_M], tl.float32)
     part = tl.program_id(1)
-    pairs = tl.cdiv(batch, tl.num_programs(1))
-    for b in range(part * pairs, tl.minimum((part + 1) * pairs, batch)):
+    pairs = tl.cdiv(batch, groups)
+    own = groups // tl.num_programs(1) * pairs
+    # pairs of a group that are still to come
+    left = pairs
+    group_score = tl.zeros([BLOCK_M], tl.float32)
+    group_effect = tl.zeros([BLOCK_M], tl.float32)
+    for b in range(part * own, tl.minimum((part + 1) * own, batch)):
         b = tl.cast(b, tl.int64)
         i = column
         if first_ptr is not None:
@@ -122,13 +134,23 @@ def _add_effects_kernel(
             pair_score += tl.load(weights_ptr + c) * tl.abs(found)
             pair_effect = tl.where(c == 0, found, pair_effect)
             g_ptr += stride_gc
-        score += pair_score
-        effect += pair_effect
+        group_score += pair_score
+        group_effect += pair_effect
+        left -= 1
+        last = left == 0
+        left = tl.where(last, pairs, left)
+        score = tl.where(last, score + group_score, score)
+        effect = tl.where(last, effect + group_effect, effect)
+        group_score = tl.where(last, 0.0, group_score)
+        group_effect = tl.where(last, 0.0, group_effect)
         if pair_ptr is not None:
             p_ptrs = pair_ptr + tl.load(rows_ptr + b) * stride_pb + column * stride_pj + offs_m
             kept = pair_effect if PAIR_SIGNED else pair_score
             tl.store(p_ptrs, tl.load(p_ptrs, mask=inside, other=0.0) + kept, mask=inside)
-    # a part's tables hold nothing yet
+    # of the last group, if it is a smaller one
+    score += group_score
+    effect += group_effect
+    # a group's table holds nothing yet
     before = inside & (tl.num_programs(1) == 1)
     offs_s = part.to(tl.int64) * stride_sp + column * stride_sj + offs_m
     tl.store(score_ptr + offs_s, tl.load(score_ptr + offs_s, mask=before, other=0.0) + score, mask=inside)  # fmt: skip
@@ -138,15 +160,17 @@ def _add_effects_kernel(
 
 @triton.jit
 def _sum_of_parts(part_ptr, offs_m, parts, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M] entries of the tables, summed over the parts in a fixed order."""
-    offs_n = tl.arange(0, BLOCK_N)
+    """[BLOCK_M] entries of the tables, summed over the parts in their order, BLOCK_N of them on their way at once."""
     total = tl.zeros([BLOCK_M], tl.float32)
+    ptrs = part_ptr + offs_m
     for start in range(0, parts, BLOCK_N):
-        ns = start + offs_n
-        ptrs = part_ptr + ns.to(tl.int64)[:, None] * entries + offs_m[None, :]
-        inside = (ns < parts)[:, None] & (offs_m < entries)[None, :]
-        # [BLOCK_N, BLOCK_M]
-        total += tl.sum(tl.load(ptrs, mask=inside, other=0.0), 0)
+        loaded = ()
+        for n in tl.static_range(BLOCK_N):
+            inside = (offs_m < entries) & (start + n < parts)
+            loaded = loaded + (tl.load(ptrs, mask=inside, other=0.0),)
+            ptrs += entries
+        for n in tl.static_range(BLOCK_N):
+            total += loaded[n]
     return total
 
 
@@ -180,12 +204,20 @@ def default_blocks(width: int, dim: int, cotangents: int) -> Blocks:
     """
     block_d = min(triton.next_power_of_2(max(dim, 1)), _MAX_BLOCK_D)
     block_w = min(triton.next_power_of_2(max(width, 1)), _TILE // block_d)
-    warps = 4 if block_w * block_d > 512 else 1
+    tile = block_w * block_d
+    warps = 8 if tile > 1024 else 4 if tile > 512 else 1
     return Blocks(block_w, block_d, 1, warps, 4 if cotangents >= 4 else 1)
 
 
-# entries and parts
-PART_BLOCKS = Blocks(128, 16, 1, 4, 1)
+# entries and parts at once
+PART_BLOCKS = Blocks(128, 8, 1, 4, 1)
+
+
+def pair_groups(pairs: int, cotangents: int, block_m: int) -> int:
+    """How many groups the pairs go in: 64 or, of wide tiles, so many that their tables stay small; each of at least 32
+    cotangents of pairs, or a table costs more than it saves."""
+    most = min(pairs, pairs * cotangents // _STEPS_OF_A_GROUP, _MOST_GROUPS, _NODES // block_m)
+    return cdiv(pairs, cdiv(pairs, max(most, 1)))
 
 
 def launch_add_parts(
@@ -220,11 +252,11 @@ def launch_add_effects(
     pair_signed: bool,
     *,
     blocks: Blocks | None = None,
-    parts: int | None = None,
+    split: bool | None = None,
 ) -> None:
     """Adds to score, effect and per_pair. What is written is read before: no launch may be repeated.
 
-    parts: into how many the pairs go (launch.pair_parts chooses).
+    split: whether every group of pairs has programs of its own, by default where these are few and the tables fit.
     """
     check_dtype("grad", grad)
     cotangents, batch, positions, width, dim = grad.shape
@@ -269,14 +301,19 @@ def launch_add_effects(
     def programs(b: Blocks) -> int:
         return columns * cdiv(width, b.block_m)
 
-    tables = 1 if effect is None else 2
-    table = 4 * tables * columns * width
-    parts = parts or pair_parts(programs(chosen), batch, cotangents, table, grad)
-    if parts == 1:
+    groups = pair_groups(batch, cotangents, chosen.block_m)
+    arguments["groups"] = groups
+    shape = (1 if effect is None else 2, groups, columns, width)
+    if split is None:
+        split = too_few(programs(chosen), grad) and 4 * math.prod(shape) <= _BYTES_OF_TABLES
+    if groups == 1 or not split:
         run(_add_effects_kernel, programs, arguments, (chosen,), grad)
         return
-    own = torch.empty((tables, parts, columns, width), dtype=torch.float32, device=grad.device)
-    arguments["score_ptr"], arguments["effect_ptr"] = own[0], None if effect is None else own[1]
-    arguments["stride_sp"], arguments["stride_sj"] = own.stride(1), width
-    run(_add_effects_kernel, programs, arguments, (chosen,), grad, parts)
-    launch_add_parts(own, score, effect)
+    tables = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    arguments["score_ptr"], arguments["effect_ptr"] = (
+        tables[0],
+        None if effect is None else tables[1],
+    )
+    arguments["stride_sp"], arguments["stride_sj"] = tables.stride(1), width
+    run(_add_effects_kernel, programs, arguments, (chosen,), grad, groups)
+    launch_add_parts(tables, score, effect)

@@ -24,9 +24,6 @@ INTERPRETED: bool = not isinstance(tiles.exp, JITFunction)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
-_STEPS_OF_A_PART = 32
-_PROGRAMS_OF_A_PROCESSOR = 8
-_BYTES_OF_PARTS = 2**22
 
 
 class Scoring(NamedTuple):
@@ -201,20 +198,9 @@ def group_parts(programs: int, sizes: Sizes, on: Tensor) -> int:
     return next((parts for parts in even if programs * parts >= wanted), group)
 
 
-def pair_parts(programs: int, pairs: int, cotangents: int, table: int, on: Tensor) -> int:
-    """Into how many parts the pairs go, where `programs` that each go over all of them leave the device of `on` waiting for memory.
-
-    As many as make eight programs per processor, but each of at least 32 cotangents of pairs, or summing the parts costs more
-    than it saves, and so many that their tables, each of `table` bytes, take 4 MB at most. Sizes and the device alone decide.
-    """
-    most = min(
-        pairs,
-        pairs * cotangents // _STEPS_OF_A_PART,
-        _PROGRAMS_OF_A_PROCESSOR * _processors(on.device) // programs,
-        _BYTES_OF_PARTS // table,
-    )
-    # even ones: ten pairs in at most six parts are five of two
-    return cdiv(pairs, cdiv(pairs, max(most, 1)))
+def too_few(programs: int, on: Tensor) -> bool:
+    """Whether a kernel of `programs` leaves the device of `on` waiting for memory: less than four per processor do."""
+    return programs < 4 * _processors(on.device)
 
 
 @functools.cache

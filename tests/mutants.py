@@ -48,6 +48,7 @@ OPS = "tests/test_ops_cpp.py"
 REPORT = "tests/test_report.py"
 PAGE = "tests/test_report_page.py"
 ADDED = "tests/test_add_effects.py"
+GROUPED = f"INTERPRET {ADDED} -k 'groups or split or parts'"
 NORMS = "tests/test_norm.py"
 WALK = "tests/test_adjoint.py"
 TWINS = "tests/test_twins.py"
@@ -252,51 +253,81 @@ FAULTS = [
     ),
     Fault(
         "kernels/add_effects.py",
-        "tl.minimum((part + 1) * pairs, batch)",
-        "tl.minimum((part + 1) * pairs + 1, batch)",
-        f"INTERPRET {ADDED} -k parts",
+        "tl.minimum((part + 1) * own, batch)",
+        "tl.minimum((part + 1) * own + 1, batch)",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "range(part * own, tl.minimum(",
+        "range(0 * own, tl.minimum(",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "    score += group_score\n",
+        "",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "effect = tl.where(last, effect + group_effect, effect)",
+        "effect = tl.where(last, group_effect, effect)",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "        left = tl.where(last, pairs, left)\n",
+        "",
+        GROUPED,
     ),
     Fault(
         "kernels/add_effects.py",
         "before = inside & (tl.num_programs(1) == 1)",
         "before = inside",
-        f"INTERPRET {ADDED} -k parts",
+        GROUPED,
     ),
     Fault(
         "kernels/add_effects.py",
         "part.to(tl.int64) * stride_sp + column",
         "column",
-        f"INTERPRET {ADDED} -k parts",
+        GROUPED,
     ),
     Fault(
         "kernels/add_effects.py",
-        "inside = (ns < parts)",
-        "inside = (ns < parts - 1)",
-        f"INTERPRET {ADDED} -k parts",
+        "& (start + n < parts)",
+        "& (start + n < parts - 1)",
+        GROUPED,
     ),
     Fault(
         "kernels/add_effects.py",
-        "None if effect is None else own[1]",
-        "None if effect is None else own[0]",
-        f"INTERPRET {ADDED} -k parts",
+        "            total += loaded[n]\n",
+        "            total += loaded[0]\n",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "None if effect is None else tables[1]",
+        "None if effect is None else tables[0]",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "_MOST_GROUPS, _NODES // block_m)",
+        "_MOST_GROUPS)",
+        COMPILED + "groups",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "4 * math.prod(shape) <= _BYTES_OF_TABLES",
+        "True",
+        COMPILED + "groups",
     ),
     Fault(
         "kernels/add_effects.py",
         'do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],',
         "do_not_specialize_on_alignment=[],",
         COMPILED + "slices",
-    ),
-    Fault(
-        "kernels/launch.py",
-        "        pairs * cotangents // _STEPS_OF_A_PART,\n",
-        "",
-        COMPILED + "pairs",
-    ),
-    Fault(
-        "kernels/launch.py",
-        "        _BYTES_OF_PARTS // table,\n",
-        "",
-        COMPILED + "pairs",
     ),
     Fault(
         "csrc/norm.h",

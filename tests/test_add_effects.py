@@ -154,10 +154,14 @@ def test_it_adds_what_is_written_out(backend: str, dtype: str, name: str, layout
 if ("triton", "f32") in BACKENDS:
     DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 
-    @pytest.mark.parametrize("parts", [2, 4])
+    @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+    @pytest.mark.parametrize("groups", [2, 4])
     @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].batch > 1])
-    def test_pairs_in_parts(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(add_effects, "pair_parts", lambda programs, pairs, *_: parts)
+    def test_pairs_in_groups(
+        name: str, groups: int, split: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(add_effects, "pair_groups", lambda *_: groups)
+        monkeypatch.setattr(add_effects, "too_few", lambda *_: split)
         check("triton", "f32", name, "contiguous")
 
     @pytest.mark.parametrize("columns", [1, 5])
@@ -173,19 +177,25 @@ if ("triton", "f32") in BACKENDS:
         add_effects.launch_add_parts(parts[1:], effect, None)
         assert torch.equal(tables, wanted)
 
-    def test_parts_give_the_same_bits_again() -> None:
-        grad = torch.randn(12, 40, 3, 4, 16, device=DEVICE)
+    @pytest.mark.parametrize("pairs", [40, 41])
+    def test_split_or_not_is_the_same_to_the_bit(pairs: int) -> None:
+        """And whether a padded batch's columns are cut, as they are in eager sweeps and not in replayed ones."""
+        rng = torch.Generator().manual_seed(6)
+        grad = torch.randn(12, pairs, 3, 4, 16, generator=rng).to(DEVICE)
+        tables = torch.randn(2, 3, 4, generator=rng).to(DEVICE)
+        assert add_effects.pair_groups(pairs, 12, 4) > 8
         found = []
-        for _ in range(2):
-            score, effect = torch.zeros(2, 3, 4, device=DEVICE)
+        for columns, split in ((3, False), (3, True), (3, True), (2, False), (2, True)):
+            g, (score, effect) = grad[:, :, :columns], tables[:, :columns].clone()
             add_effects.launch_add_effects(
-                *(grad, torch.ones(12, device=DEVICE), score, effect, grad[0], grad[1]),
+                *(g, torch.ones(12, device=DEVICE), score, effect, g[0], g[1]),
                 *(None, None, None, None, False),
-                parts=7,
+                split=split,
             )
-            found.append((score, effect))
-        assert torch.equal(found[0][0], found[1][0])
-        assert torch.equal(found[0][1], found[1][1])
+            found.append(torch.stack([score, effect])[:, :2])
+        assert not torch.equal(found[0], tables[:, :2])
+        for other in found[1:]:
+            assert torch.equal(other, found[0])
 
 
 def arguments() -> dict[str, Tensor]:

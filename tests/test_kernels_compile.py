@@ -214,40 +214,31 @@ def test_parts_of_a_group_are_programs_of_their_own(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("programs", "pairs", "cotangents", "table", "parts"),
+    ("pairs", "cotangents", "block_m", "groups"),
     [
-        (16, 400, 10, 2048, 58),
-        (16, 4000, 1, 2048, 66),
-        (16, 60, 10, 2048, 15),  # no part of less than 32 cotangents of pairs
-        (16, 6, 9, 2048, 1),
-        (16, 7, 90, 2048, 7),
-        (96, 400, 10, 1_409_024, 2),  # no more than 4 MB
-        (96, 400, 10, 5_000_000, 1),
-        (528, 400, 10, 70_000, 2),
-        (529, 400, 10, 70_000, 1),
-        (9999, 400, 10, 70_000, 1),
+        (400, 10, 16, 58),
+        (4000, 1, 16, 64),
+        (60, 10, 16, 15),  # of at least 32 cotangents
+        (6, 9, 16, 1),
+        (7, 90, 16, 7),
+        (400, 10, 512, 16),
+        (400, 10, 2048, 4),  # of neurons
     ],
 )
-def test_pairs_are_split_where_programs_are_few(
-    programs: int,
-    pairs: int,
-    cotangents: int,
-    table: int,
-    parts: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    assert launch.pair_parts(programs, pairs, cotangents, table, torch.empty(0)) == parts
+def test_pairs_go_in_groups(pairs: int, cotangents: int, block_m: int, groups: int) -> None:
+    assert compiled.add_effects.pair_groups(pairs, cotangents, block_m) == groups
 
 
-def _split(pairs: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
-    """Kernels and grids that add the effects of heads by 10 cotangents of so many pairs, 16 tokens long."""
+def _added(
+    pairs: int, positions: int, monkeypatch: pytest.MonkeyPatch, width: int = 16, dim: int = 64
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and grids that add effects by 10 cotangents on 132 processors."""
     starts: list[tuple[str, tuple[int, ...]]] = []
     monkeypatch.setattr(
         launch, "_start", lambda kernel, grid, given: starts.append((kernel.__name__, grid))
     )
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    z = torch.empty(pairs, 16, 16, 64, device="meta")
+    z = torch.empty(pairs, positions, width, dim, device="meta")
     grad, sums = z.expand(10, *z.shape), z[0, :, :, 0]
     compiled.add_effects.launch_add_effects(
         grad, grad[:, 0, 0, 0, 0], sums, sums, z, z, None, None, None, None, False
@@ -255,12 +246,17 @@ def _split(pairs: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple
     return starts
 
 
-def test_parts_of_pairs_are_programs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _split(400, monkeypatch) == [
-        ("_add_effects_kernel", (16, 58)),
-        ("_add_parts_kernel", (2, 1)),
-    ]
+def test_groups_of_pairs_have_programs_of_their_own_where_these_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = [("_add_effects_kernel", (16, 58)), ("_add_parts_kernel", (2, 1))]
+    assert _added(400, 16, monkeypatch) == few
+    # few pairs, or many programs, are one start
+    assert _added(6, 16, monkeypatch) == [("_add_effects_kernel", (16, 1))]
+    assert len(_added(400, 527, monkeypatch)) == 2
+    assert _added(400, 528, monkeypatch) == [("_add_effects_kernel", (528, 1))]
 
 
-def test_few_pairs_are_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _split(6, monkeypatch) == [("_add_effects_kernel", (16, 1))]
+def test_tables_of_groups_take_8_mb_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(_added(400, 32, monkeypatch, 8192, 1)) == 2
+    assert len(_added(400, 33, monkeypatch, 8192, 1)) == 1
