@@ -7,12 +7,17 @@ grad: (C, batch, positions, width, dim), values (batch, positions, width, dim), 
 differences, products and sums float32; score, effect: (columns, width) float32 with contiguous rows, per_pair (pairs,
 columns, width) the same. width is the number of heads or of neurons, dim head_dim, 1 for neurons and effects, d_model for writes.
 
-One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Each
-gradient and, where dim fits a tile, each value is read once. Bytes per element of grad: its size, and twice that by C.
+One program owns BLOCK_M of one column's nodes and goes over the pairs and their cotangents in order: no atomics. Pairs go in groups,
+whose sums are added in order; their number depends on pairs, cotangents and the tile alone. Where programs are few, each sums one
+group into a table of its own, all of them 8 MB at most, and a second kernel adds the tables to score and effect in that order: the
+bits are the same as one program's, on every device and for any number of columns, which replayed sweeps need. rows must not
+repeat. Gradients of several cotangents are copied ahead to shared memory; each of them and, where dim fits a tile, each value is
+read once. Bytes per element of grad: its size, and twice that by C.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,14 +25,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides, too_few
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
 _TILE = 2048
+_STEPS_OF_A_GROUP = 32
+_MOST_GROUPS = 64
+_NODES = 8192
+_BYTES_OF_TABLES = 2**23
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "cotangents"])
+@triton.jit(
+    do_not_specialize=["batch", "positions", "cotangents", "groups"],
+    # read a number at a time, from anywhere in their tables
+    do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],
+)
 def _add_effects_kernel(
     grad_ptr,
     clean_ptr,
@@ -52,20 +65,21 @@ def _add_effects_kernel(
     stride_yi,
     stride_yw,
     stride_yd,
+    stride_sp,
     stride_sj,
     stride_pb,
     stride_pj,
     batch,
     positions,
     cotangents,
+    groups,
     width,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PAIR_SIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK_M)
@@ -74,7 +88,14 @@ def _add_effects_kernel(
     inside = offs_m < width
     score = tl.zeros([BLOCK_M], tl.float32)
     effect = tl.zeros([BLOCK_M], tl.float32)
-    for b in range(0, batch):
+    part = tl.program_id(1)
+    pairs = tl.cdiv(batch, groups)
+    own = groups // tl.num_programs(1) * pairs
+    # pairs of a group that are still to come
+    left = pairs
+    group_score = tl.zeros([BLOCK_M], tl.float32)
+    group_effect = tl.zeros([BLOCK_M], tl.float32)
+    for b in range(part * own, tl.minimum((part + 1) * own, batch)):
         b = tl.cast(b, tl.int64)
         i = column
         if first_ptr is not None:
@@ -94,7 +115,7 @@ def _add_effects_kernel(
             delta = y.to(tl.float32) - x.to(tl.float32)
         pair_score = tl.zeros([BLOCK_M], tl.float32)
         pair_effect = tl.zeros([BLOCK_M], tl.float32)
-        for c in range(0, cotangents):
+        for c in tl.range(0, cotangents, num_stages=STAGES):
             if HEAD_DIM <= BLOCK_N:
                 g = load_rows(g_ptr, offs_m, limit, stride_gw, stride_gd, HEAD_DIM, BLOCK_N)
                 g = g.to(tl.float32)
@@ -113,24 +134,108 @@ def _add_effects_kernel(
             pair_score += tl.load(weights_ptr + c) * tl.abs(found)
             pair_effect = tl.where(c == 0, found, pair_effect)
             g_ptr += stride_gc
-        score += pair_score
-        effect += pair_effect
+        group_score += pair_score
+        group_effect += pair_effect
+        left -= 1
+        last = left == 0
+        left = tl.where(last, pairs, left)
+        score = tl.where(last, score + group_score, score)
+        effect = tl.where(last, effect + group_effect, effect)
+        group_score = tl.where(last, 0.0, group_score)
+        group_effect = tl.where(last, 0.0, group_effect)
         if pair_ptr is not None:
             p_ptrs = pair_ptr + tl.load(rows_ptr + b) * stride_pb + column * stride_pj + offs_m
             kept = pair_effect if PAIR_SIGNED else pair_score
             tl.store(p_ptrs, tl.load(p_ptrs, mask=inside, other=0.0) + kept, mask=inside)
-    s_ptrs = score_ptr + column * stride_sj + offs_m
-    tl.store(s_ptrs, tl.load(s_ptrs, mask=inside, other=0.0) + score, mask=inside)
+    # of the last group, if it is a smaller one
+    score += group_score
+    effect += group_effect
+    # a group's table holds nothing yet
+    before = inside & (tl.num_programs(1) == 1)
+    offs_s = part.to(tl.int64) * stride_sp + column * stride_sj + offs_m
+    tl.store(score_ptr + offs_s, tl.load(score_ptr + offs_s, mask=before, other=0.0) + score, mask=inside)  # fmt: skip
     if effect_ptr is not None:
-        e_ptrs = effect_ptr + column * stride_sj + offs_m
-        tl.store(e_ptrs, tl.load(e_ptrs, mask=inside, other=0.0) + effect, mask=inside)
+        tl.store(effect_ptr + offs_s, tl.load(effect_ptr + offs_s, mask=before, other=0.0) + effect, mask=inside)  # fmt: skip
 
 
-def default_blocks(width: int, dim: int) -> Blocks:
-    """A tile of 2048 elements at most, whole vectors up to 1024 wide: nothing for an autotuner to choose."""
+@triton.jit
+def _sum_of_parts(part_ptr, offs_m, parts, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M] entries of the tables, summed over the parts in their order, BLOCK_N of them on their way at once."""
+    total = tl.zeros([BLOCK_M], tl.float32)
+    ptrs = part_ptr + offs_m
+    for start in range(0, parts, BLOCK_N):
+        loaded = ()
+        for n in tl.static_range(BLOCK_N):
+            inside = (offs_m < entries) & (start + n < parts)
+            loaded = loaded + (tl.load(ptrs, mask=inside, other=0.0),)
+            ptrs += entries
+        for n in tl.static_range(BLOCK_N):
+            total += loaded[n]
+    return total
+
+
+@triton.jit(do_not_specialize=["stride_sj", "parts", "entries", "width"])
+def _add_parts_kernel(
+    score_part_ptr,
+    effect_part_ptr,
+    score_ptr,
+    effect_ptr,
+    stride_sj,
+    parts,
+    entries,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = offs_m < entries
+    offs_s = offs_m // width * stride_sj + offs_m % width
+    score = _sum_of_parts(score_part_ptr, offs_m, parts, entries, BLOCK_M, BLOCK_N)
+    tl.store(score_ptr + offs_s, tl.load(score_ptr + offs_s, mask=inside, other=0.0) + score, mask=inside)  # fmt: skip
+    if effect_ptr is not None:
+        effect = _sum_of_parts(effect_part_ptr, offs_m, parts, entries, BLOCK_M, BLOCK_N)
+        tl.store(effect_ptr + offs_s, tl.load(effect_ptr + offs_s, mask=inside, other=0.0) + effect, mask=inside)  # fmt: skip
+
+
+def default_blocks(width: int, dim: int, cotangents: int) -> Blocks:
+    """A tile of 2048 elements at most, whole vectors up to 1024 wide: nothing for an autotuner to choose.
+
+    From four cotangents on, the next three of a pair are on their way while one is summed.
+    """
     block_d = min(triton.next_power_of_2(max(dim, 1)), _MAX_BLOCK_D)
     block_w = min(triton.next_power_of_2(max(width, 1)), _TILE // block_d)
-    return Blocks(block_w, block_d, 1, 4 if block_w * block_d > 512 else 1, 1)
+    tile = block_w * block_d
+    warps = 8 if tile > 1024 else 4 if tile > 512 else 1
+    return Blocks(block_w, block_d, 1, warps, 4 if cotangents >= 4 else 1)
+
+
+# entries and parts at once
+PART_BLOCKS = Blocks(128, 8, 1, 4, 1)
+
+
+def pair_groups(pairs: int, cotangents: int, block_m: int) -> int:
+    """How many groups the pairs go in: 64 or, of wide tiles, so many that their tables stay small; each of at least 32
+    cotangents of pairs, or a table costs more than it saves."""
+    most = min(pairs, pairs * cotangents // _STEPS_OF_A_GROUP, _MOST_GROUPS, _NODES // block_m)
+    return cdiv(pairs, cdiv(pairs, max(most, 1)))
+
+
+def launch_add_parts(
+    parts: Tensor, score: Tensor, effect: Tensor | None, *, blocks: Blocks = PART_BLOCKS
+) -> None:
+    """Adds the sums of parts[0] over its first axis to score, and those of parts[1] to effect."""
+    entries, width = score.numel(), score.shape[1]
+    arguments: dict[str, Any] = {
+        "score_part_ptr": parts[0],
+        "effect_part_ptr": None if effect is None else parts[1],
+        "score_ptr": score,
+        "effect_ptr": effect,
+        "stride_sj": score.stride(0),
+        "parts": parts.shape[1],
+        "entries": entries,
+        "width": width,
+    }
+    run(_add_parts_kernel, lambda b: cdiv(entries, b.block_m), arguments, (blocks,), score)
 
 
 def launch_add_effects(
@@ -147,8 +252,12 @@ def launch_add_effects(
     pair_signed: bool,
     *,
     blocks: Blocks | None = None,
+    split: bool | None = None,
 ) -> None:
-    """Adds to score, effect and per_pair. What is written is read before: no launch may be repeated."""
+    """Adds to score, effect and per_pair. What is written is read before: no launch may be repeated.
+
+    split: whether every group of pairs has programs of its own, by default where these are few and the tables fit.
+    """
     check_dtype("grad", grad)
     cotangents, batch, positions, width, dim = grad.shape
     columns = score.shape[0]
@@ -172,6 +281,7 @@ def launch_add_effects(
         "effect_ptr": effect,
         "pair_ptr": per_pair,
         "rows_ptr": rows,
+        "stride_sp": 0,
         **strides("g", grad, "cbiwd"),
         **value_strides("x", clean),
         **value_strides("y", corrupted),
@@ -186,11 +296,24 @@ def launch_add_effects(
         "V_DIM": dim,
         "PAIR_SIGNED": pair_signed,
     }
-    chosen = blocks or default_blocks(width, dim)
-    run(
-        _add_effects_kernel,
-        lambda b: columns * cdiv(width, b.block_m),
-        arguments,
-        (chosen,),
-        grad,
+    chosen = blocks or default_blocks(width, dim, cotangents)
+
+    def programs(b: Blocks) -> int:
+        return columns * cdiv(width, b.block_m)
+
+    groups = pair_groups(batch, cotangents, chosen.block_m)
+    arguments["groups"] = groups
+    shape = (1 if effect is None else 2, groups, columns, width)
+    if split is None:
+        split = too_few(programs(chosen), grad) and 4 * math.prod(shape) <= _BYTES_OF_TABLES
+    if groups == 1 or not split:
+        run(_add_effects_kernel, programs, arguments, (chosen,), grad)
+        return
+    tables = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    arguments["score_ptr"], arguments["effect_ptr"] = (
+        tables[0],
+        None if effect is None else tables[1],
     )
+    arguments["stride_sp"], arguments["stride_sj"] = tables.stride(1), width
+    run(_add_effects_kernel, programs, arguments, (chosen,), grad, groups)
+    launch_add_parts(tables, score, effect)

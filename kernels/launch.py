@@ -201,6 +201,11 @@ def group_parts(programs: int, sizes: Sizes, on: Tensor) -> int:
     return next((parts for parts in even if programs * parts >= wanted), group)
 
 
+def too_few(programs: int, on: Tensor) -> bool:
+    """Whether a kernel of `programs` leaves the device of `on` waiting for memory: less than four per processor do."""
+    return programs < 4 * _processors(on.device)
+
+
 @functools.cache
 def _meta(kernel: Any, blocks: Blocks) -> dict[str, int]:
     meta = {

@@ -56,6 +56,8 @@ def _node_effects_kernel(
     WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
+    # products and sums of sizes outgrow int32 before the sizes do
+    rows2 = tl.cast(rows2, tl.int64)
     blocks = tl.cdiv(rows2, BLOCK_M)
     outer = pid // blocks
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -101,10 +101,10 @@ def _rotate_kernel(
         tl.store(y_rows + rest[None, :] * stride_yd, x, mask=beside)
 
 
-def default_blocks(half: int) -> Blocks:
-    """A tile of 2048 elements of either half: nothing for an autotuner to choose."""
-    block = triton.next_power_of_2(max(half, 1))
-    return Blocks(max(_TILE // block, 1), block, 1, 4, 1)
+def default_blocks(half: int, rest: int = 0) -> Blocks:
+    """A tile of 2048 elements of either half, and of the rest at most as many: nothing for an autotuner to choose."""
+    block, beside = (triton.next_power_of_2(max(columns, 1)) for columns in (half, rest))
+    return Blocks(max(_TILE // max(block, beside), 1), block, 1, 4, 1)
 
 
 def launch_rotate(
@@ -122,6 +122,7 @@ def launch_rotate(
         return
     outer, batch, heads, positions, head_dim = x.shape
     half = cos.shape[-1] // 2
+    rest = head_dim - 2 * half
     arguments: dict[str, Any] = {
         "x_ptr": x,
         "cos_ptr": cos,
@@ -139,12 +140,12 @@ def launch_rotate(
         "V_DIM": head_dim,
         "ADJOINT": adjoint,
         "ROUNDED": x.element_size() == 2,
-        "BLOCK_REST": triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+        "BLOCK_REST": triton.next_power_of_2(max(rest, 1)),
     }
     run(
         _rotate_kernel,
         lambda b: outer * batch * cdiv(heads * positions, b.block_m),
         arguments,
-        (blocks or default_blocks(half),),
+        (blocks or default_blocks(half, rest),),
         x,
     )

@@ -115,6 +115,12 @@ def _add_effects(x: Tensors, blocks: Blocks) -> None:
     )
 
 
+def _add_parts(x: Tensors, blocks: Blocks) -> None:
+    score = torch.empty(x.q.shape[2], HEADS, device="meta")
+    parts = torch.empty(2, COTANGENTS, *score.shape, device="meta")
+    add_effects.launch_add_parts(parts, score, score, blocks=blocks)
+
+
 def _stream(x: Tensors, cotangents: int | None = None) -> Tensor:
     """A residual stream HEADS heads wide, or its gradients."""
     shape = (BATCH, x.q.shape[2], HEADS * x.q.shape[3])
@@ -172,7 +178,11 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
             for dim in DIMS
         },
     ),
-    "add_effects": (_add_effects, _by_size(lambda dim: add_effects.default_blocks(HEADS, dim))),
+    "add_effects": (
+        _add_effects,
+        _by_size(lambda dim: add_effects.default_blocks(HEADS, dim, COTANGENTS)),
+    ),
+    "add_parts": (_add_parts, _one(add_effects.PART_BLOCKS)),
     "norm": (_norm, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
     "norm_vjp": (_norm_vjp, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
     "rotate": (_rotate, _by_size(lambda dim: rotate.default_blocks(dim // 2))),
@@ -185,6 +195,8 @@ TILED = (
     "key_effects",
     "top_effects",
 )
+# what copies ahead to shared memory
+COPYING = (*TILED, "add_effects")
 TARGETS = ("sm_80", "sm_90", "sm_100")
 # spilling registers and yet, by docs/measured-once.md, 7 to 27 % faster on Hopper than the best that does not
 FASTEST_WITH_SPILLS = {
@@ -271,7 +283,7 @@ def check(case: Case) -> None:
     assert got["plain_products"] == 0, got
     if case.kernel in TILED:
         assert got["matrix"] > 0, got
-    if case.kernel in TILED and case.blocks.num_stages > 1:
+    if case.kernel in COPYING and case.blocks.num_stages > 1:
         assert got["async_copies"] > 0, got
     if case.target == "sm_90":
         assert got["wgmma"] == got["matrix"], got

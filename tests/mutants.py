@@ -48,6 +48,7 @@ OPS = "tests/test_ops_cpp.py"
 REPORT = "tests/test_report.py"
 PAGE = "tests/test_report_page.py"
 ADDED = "tests/test_add_effects.py"
+GROUPED = f"INTERPRET {ADDED} -k 'groups or split or parts'"
 NORMS = "tests/test_norm.py"
 WALK = "tests/test_adjoint.py"
 TWINS = "tests/test_twins.py"
@@ -62,6 +63,7 @@ PRUNE = "tests/integrations/test_auto_circuit.py"
 SPLIT = "tests/test_tensor_parallel.py -m 'not slow'"
 GROUPS = "tests/test_tensor_parallel.py -k dead"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
+COMPILED = "tests/test_kernels_compile.py -k "
 
 DICTS = "tests/test_dictionaries.py -k "
 
@@ -312,6 +314,84 @@ FAULTS = [
         f"INTERPRET {ADDED}",
     ),
     Fault(
+        "kernels/add_effects.py",
+        "tl.minimum((part + 1) * own, batch)",
+        "tl.minimum((part + 1) * own + 1, batch)",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "range(part * own, tl.minimum(",
+        "range(0 * own, tl.minimum(",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "    score += group_score\n",
+        "",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "effect = tl.where(last, effect + group_effect, effect)",
+        "effect = tl.where(last, group_effect, effect)",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "        left = tl.where(last, pairs, left)\n",
+        "",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "before = inside & (tl.num_programs(1) == 1)",
+        "before = inside",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "part.to(tl.int64) * stride_sp + column",
+        "column",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "& (start + n < parts)",
+        "& (start + n < parts - 1)",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "            total += loaded[n]\n",
+        "            total += loaded[0]\n",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "None if effect is None else tables[1]",
+        "None if effect is None else tables[0]",
+        GROUPED,
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "_MOST_GROUPS, _NODES // block_m)",
+        "_MOST_GROUPS)",
+        COMPILED + "groups",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        "4 * math.prod(shape) <= _BYTES_OF_TABLES",
+        "True",
+        COMPILED + "groups",
+    ),
+    Fault(
+        "kernels/add_effects.py",
+        'do_not_specialize_on_alignment=["weights_ptr", "live_ptr", "first_ptr", "rows_ptr"],',
+        "do_not_specialize_on_alignment=[],",
+        COMPILED + "slices",
+    ),
+    Fault(
         "csrc/norm.h",
         "h[i] = (h[i] - level - n[i] * along) * rstd;",
         "h[i] = (h[i] - n[i] * along) * rstd;",
@@ -328,6 +408,18 @@ FAULTS = [
         "y2 = x2 * c2 - x1 * s1",
         "y2 = x2 * c2 - x1 * s2",
         f"INTERPRET {NORMS}",
+    ),
+    Fault(
+        "kernels/rotate.py",
+        "_TILE // max(block, beside)",
+        "_TILE // block",
+        COMPILED + "few_columns",
+    ),
+    Fault(
+        "kernels/node_effects.py",
+        "    rows2 = tl.cast(rows2, tl.int64)\n",
+        "",
+        COMPILED + "64_bits",
     ),
     Fault("atp_fast/hf/norms.py", "for offset in (0.0, 1.0)]", "for offset in (0.0,)]", TWINS),
     Fault("atp_fast/hf/rotations.py", "if count == 1:", "if count:", TWINS),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import op_cases
 from atp_fast import ops
+from atp_fast.kernels import add_effects
 from atp_fast.ops import triton
 
 DTYPES = {
@@ -48,6 +50,8 @@ CASES = {
     "given": Case(6, 3, 7, 5, 1, live=True, given=True, per_pair="score"),
     "moved": Case(2, 3, 6, 4, 8, columns=9, live=True, per_pair="score"),
     "moved neurons": Case(1, 3, 6, 40, 1, columns=9, per_pair="effect"),
+    "many pairs": Case(2, 7, 3, 5, 8, columns=5, live=True, per_pair="score"),
+    "many pairs' neurons": Case(1, 9, 2, 300, 1, per_pair="effect"),
     "plain": Case(1, 2, 5, 4, 16, live=True, per_pair="effect"),
     "no pairs": Case(2, 0, 5, 4, 16),
     "no cotangents": Case(0, 2, 5, 4, 16),
@@ -66,10 +70,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "heads first", "sliced"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_it_adds_what_is_written_out(backend: str, dtype: str, name: str, layout: str) -> None:
+def check(backend: str, dtype: str, name: str, layout: str) -> None:
+    """A call of a case adds what the formula says, within its rounding, and nothing beside it."""
     case, rng = CASES[name], torch.Generator().manual_seed(3)
     device = "cuda" if backend == "triton" and not triton.INTERPRETED else "cpu"
     kind, wide = DTYPES[dtype], torch.float64 if dtype == "f64" else torch.float32
@@ -89,13 +91,15 @@ def test_it_adds_what_is_written_out(backend: str, dtype: str, name: str, layout
     if live is not None:
         live = live.to(device)
         grad = torch.where(live[..., None, None], grad, torch.nan)  # it is not looked at
-    first = torch.tensor([2, 0, 4])[: case.batch].to(device) if case.columns else None
-    rows = torch.tensor([4, 0, 2])[: case.batch].to(device)
-    score, effect, per_pair = (
-        random(columns, case.width),
-        random(columns, case.width),
-        random(5, columns, case.width),
-    )
+    first = torch.tensor([2, 0, 4] * 3)[: case.batch].to(device) if case.columns else None
+    rows = torch.tensor([4, 0, 2, 8, 1, 7, 3, 6, 5])[: case.batch].to(device)
+    # among the nodes of other layers
+    wide_score, wide_effect = (random(columns, 2 * case.width + 3) for _ in range(2))
+    score, effect = (x[:, 3 : 3 + case.width] for x in (wide_score, wide_effect))
+    per_pair = random(9, columns, case.width)
+    others = [x.clone() for x in (wide_score, wide_effect)]
+    for x in others:
+        x[:, 3 : 3 + case.width] = 0
     wanted = [x.double().clone() for x in (score, effect, per_pair)]
     bounds = [x.abs() for x in wanted]
     for b in range(case.batch):
@@ -116,24 +120,79 @@ def test_it_adds_what_is_written_out(backend: str, dtype: str, name: str, layout
             part, bound = parts[case.per_pair == "effect"]
             wanted[2][rows[b], j] += part
             bounds[2][rows[b], j] += bound
-    ops.add_effects(
-        grad,
-        weights=weights,
-        score=score,
-        effect=effect,
-        clean=clean,
-        corrupted=corrupted,
-        live=live,
-        first=first,
-        per_pair=per_pair if case.per_pair else None,
-        rows=rows if case.per_pair else None,
-        pair_signed=case.per_pair == "effect",
-        backend=backend,
-    )
+    with op_cases.guarded_outputs():
+        ops.add_effects(
+            grad,
+            weights=weights,
+            score=score,
+            effect=effect,
+            clean=clean,
+            corrupted=corrupted,
+            live=live,
+            first=first,
+            per_pair=per_pair if case.per_pair else None,
+            rows=rows if case.per_pair else None,
+            pair_signed=case.per_pair == "effect",
+            backend=backend,
+        )
     for got, right, bound in zip((score, effect, per_pair), wanted, bounds, strict=True):
         if got is per_pair and not case.per_pair:
             continue
         assert ((got - right).abs() <= 8 * torch.finfo(wide).eps * bound).all()
+    for x, before in zip((wide_score, wide_effect), others, strict=True):
+        x[:, 3 : 3 + case.width] = 0
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "sliced"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_it_adds_what_is_written_out(backend: str, dtype: str, name: str, layout: str) -> None:
+    check(backend, dtype, name, layout)
+
+
+if ("triton", "f32") in BACKENDS:
+    DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+
+    @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+    @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].batch > 1])
+    def test_pairs_in_groups(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(add_effects, "pair_groups", lambda *_: 3)
+        monkeypatch.setattr(add_effects, "too_few", lambda *_: split)
+        check("triton", "f32", name, "contiguous")
+
+    @pytest.mark.parametrize("columns", [1, 5])
+    def test_parts_are_added_to_what_is_there(columns: int) -> None:
+        rng = torch.Generator().manual_seed(5)
+        parts = torch.randint(-8, 9, (2, 37, columns, 70), generator=rng).float().to(DEVICE)
+        tables = torch.randint(-8, 9, (2, columns, 90), generator=rng).float().to(DEVICE)
+        wanted = tables.clone()
+        wanted[..., 7:77] += parts.sum(1)
+        wanted[1, :, 7:77] += parts[1].sum(0)
+        score, effect = tables[..., 7:77]
+        add_effects.launch_add_parts(parts, score, effect)
+        add_effects.launch_add_parts(parts[1:], effect, None)
+        assert torch.equal(tables, wanted)
+
+    @pytest.mark.parametrize("pairs", [40, 41])
+    def test_split_or_not_is_the_same_to_the_bit(pairs: int) -> None:
+        """And whether a padded batch's columns are cut, as they are in eager sweeps and not in replayed ones."""
+        rng = torch.Generator().manual_seed(6)
+        grad = torch.randn(12, pairs, 3, 4, 16, generator=rng).to(DEVICE)
+        tables = torch.randn(2, 3, 4, generator=rng).to(DEVICE)
+        assert add_effects.pair_groups(pairs, 12, 4) > 8
+        found = []
+        for columns, split in ((3, False), (3, True), (3, True), (2, False), (2, True)):
+            g, (score, effect) = grad[:, :, :columns], tables[:, :columns].clone()
+            add_effects.launch_add_effects(
+                *(g, torch.ones(12, device=DEVICE), score, effect, g[0], g[1]),
+                *(None, None, None, None, False),
+                split=split,
+            )
+            found.append(torch.stack([score, effect])[:, :2])
+        assert not torch.equal(found[0], tables[:, :2])
+        for other in found[1:]:
+            assert torch.equal(other, found[0])
 
 
 def arguments() -> dict[str, Tensor]:

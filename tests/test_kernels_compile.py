@@ -99,6 +99,55 @@ def test_lengths_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
+def test_slices_of_weights_do_not_compile_again() -> None:
+    """A layer's cotangents and a batch's pairs begin anywhere in their tables."""
+    case = next(c for c in compiled.shipped() if c.kernel == "add_effects")
+    (start,) = compiled.starts(case)
+    mock = compiled.binaries.MockTensor
+    arguments = {
+        name: mock(x.dtype) if isinstance(x, torch.Tensor) else x
+        for name, x in start.arguments.items()
+    }
+    numbers, hashes = torch.zeros(64), set()
+    for begin in (0, 1):
+        weights, rows = numbers[begin:], numbers.long()[begin:]
+        assert (weights.data_ptr() % 16 == 0) == (rows.data_ptr() % 16 == 0) == (begin == 0)
+        arguments |= {"weights_ptr": weights, "first_ptr": rows, "rows_ptr": rows}
+        arguments["pair_ptr"] = mock(torch.float32)
+        with compiled.binaries.stub_driver("sm_90"):
+            hashes.add(start.kernel.warmup(**arguments, grid=(1,)).hash)
+    assert len(hashes) == 1
+
+
+def test_rows_of_many_axes_are_counted_in_64_bits() -> None:
+    """Cotangents lie rows2 * rows1 * rows0 numbers apart, which int32 need not hold though it holds each."""
+    delta = torch.empty(4, 6, 10, 1, device="meta").transpose(0, 1)[:, :, :8]
+    grad = torch.empty(3, 4, 6, 10, 1, device="meta").transpose(1, 2)[:, :, :, :8]
+    (start,) = compiled.binaries.captured(
+        lambda: compiled.node_effects.launch_node_effects(delta, grad, None)
+    )
+    assert [start.arguments[f"rows{i}"] for i in range(3)] == [6, 4, 8]
+    text = compiled.binaries.compiled(start, "sm_90").asm["ttir"]
+    products = [line for line in text.splitlines() if "arith.muli" in line]
+    assert products
+    assert [line for line in products if ": i64" not in line] == []
+
+
+@pytest.mark.parametrize("rotated", [2, 32, 64])
+def test_rotations_of_few_columns_keep_to_the_tile(rotated: int) -> None:
+    """The columns beside them count: as many rows as their own columns allow spilled, or compiled for ten minutes."""
+    x = torch.empty(1, 4, 64, 16, 128, device="meta").transpose(2, 3)
+    cos = torch.empty(4, 64, rotated, device="meta")
+    (start,) = compiled.binaries.captured(
+        lambda: compiled.rotate.launch_rotate(x, cos, cos, True, x)
+    )
+    rows, *columns = (start.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_REST"))
+    assert rows * max(columns) == 2048
+    found = compiled.binaries.inspect(compiled.binaries.compiled(start, "sm_90"))
+    assert found.spilled == 0
+    assert found.registers <= 96
+
+
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Tensors say that they are on a device of 16 processors; what is started there."""
@@ -187,3 +236,52 @@ def test_parts_of_a_group_are_programs_of_their_own(monkeypatch: pytest.MonkeyPa
     compiled._other_effects(x, blocks)
     programs = 256 // 64 * compiled.BATCH * compiled.KV_HEADS * compiled.COTANGENTS // 2
     assert grids == [(programs, compiled.HEADS // compiled.KV_HEADS)] * 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "cotangents", "block_m", "groups"),
+    [
+        (400, 10, 16, 58),
+        (4000, 1, 16, 64),
+        (60, 10, 16, 15),  # of at least 32 cotangents
+        (6, 9, 16, 1),
+        (7, 90, 16, 7),
+        (400, 10, 512, 16),
+        (400, 10, 2048, 4),  # of neurons
+    ],
+)
+def test_pairs_go_in_groups(pairs: int, cotangents: int, block_m: int, groups: int) -> None:
+    assert compiled.add_effects.pair_groups(pairs, cotangents, block_m) == groups
+
+
+def _added(
+    pairs: int, positions: int, monkeypatch: pytest.MonkeyPatch, width: int = 16, dim: int = 64
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and grids that add effects by 10 cotangents on 132 processors."""
+    starts: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        launch, "_start", lambda kernel, grid, given: starts.append((kernel.__name__, grid))
+    )
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    z = torch.empty(pairs, positions, width, dim, device="meta")
+    grad, sums = z.expand(10, *z.shape), z[0, :, :, 0]
+    compiled.add_effects.launch_add_effects(
+        grad, grad[:, 0, 0, 0, 0], sums, sums, z, z, None, None, None, None, False
+    )
+    return starts
+
+
+def test_groups_of_pairs_have_programs_of_their_own_where_these_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = [("_add_effects_kernel", (16, 58)), ("_add_parts_kernel", (2, 1))]
+    assert _added(400, 16, monkeypatch) == few
+    # few pairs, or many programs, are one start
+    assert _added(6, 16, monkeypatch) == [("_add_effects_kernel", (16, 1))]
+    assert len(_added(400, 527, monkeypatch)) == 2
+    assert _added(400, 528, monkeypatch) == [("_add_effects_kernel", (528, 1))]
+
+
+def test_tables_of_groups_take_8_mb_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(_added(400, 32, monkeypatch, 8192, 1)) == 2
+    assert len(_added(400, 33, monkeypatch, 8192, 1)) == 1

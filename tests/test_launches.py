@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atp_fast.kernels import add_effects
 from atp_fast.ops import triton
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -28,6 +29,15 @@ def test_starts_per_layer(family: str, method: str) -> None:
     found = per_layer(family, method)
     assert {phase: sum(found[phase].values()) for phase in PHASES} == held, found
     assert sum(held.values()) <= GOALS.get(family, {}).get(method, GOAL)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_few_pairs_are_scored_by_one_kernel_where_programs_are_few(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(add_effects, "too_few", lambda programs, on: True)
+    held = json.loads(BUDGET.read_text())[family]["atp*"]["scoring"]
+    assert sum(per_layer(family, "atp*")["scoring"].values()) == held
 
 
 def test_views_and_allocations_are_no_starts() -> None:

@@ -58,7 +58,7 @@ def add_effects(
 
     I = sum over dim of (corrupted - clean) * grad. score (columns, width) gets the sum over pairs and cotangents of
     weight * |I|, effect, of the same shape and strides, the sum over pairs of the first cotangent's I, and pair b's row
-    rows[b] of per_pair (pairs, columns, width) what b adds to score, or to effect where pair_signed.
+    rows[b] of per_pair (pairs, columns, width), which no other pair has, what b adds to score, or to effect where pair_signed.
     grad: (C, batch, positions, width, dim); clean, corrupted: (batch, positions, width, dim), same dtype, or None where
     grad (dim 1) holds the effects; weights: (C,); live: (batch, positions) bool, where effects count, None for everywhere;
     first: (batch,) int64, the column of each pair's first position (columns outside the scores are left out), None for
