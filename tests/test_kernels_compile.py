@@ -116,10 +116,18 @@ def test_autotuning_starts_one_of_the_configurations(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("cotangents", "chunk", "even"), [(1, 2, 1), (2, 2, 2), (3, 2, 2), (7, 6, 4), (12, 6, 6)]
+    ("cotangents", "chunk", "side", "even"),
+    [
+        *((1, 2, 1, 1), (2, 2, 1, 2), (3, 2, 1, 2), (7, 6, 1, 4), (12, 6, 1, 6)),
+        *((1, 6, 2, 1), (2, 6, 2, 2), (3, 6, 2, 4), (6, 6, 2, 6), (7, 6, 2, 4), (13, 6, 2, 6)),
+        *((1, 12, 4, 1), (2, 12, 4, 2), (3, 12, 4, 4), (5, 12, 4, 8), (12, 12, 4, 12)),
+        *((13, 12, 4, 8), (25, 12, 4, 12)),
+    ],
 )
-def test_cotangents_are_shared_out_evenly(cotangents: int, chunk: int, even: int) -> None:
-    blocks = launch.Blocks(64, 64, chunk, 4, 2)
+def test_cotangents_are_shared_out_evenly(
+    cotangents: int, chunk: int, side: int, even: int
+) -> None:
+    blocks = launch.Blocks(64, 64, chunk, 4, 2, side=side)
     assert launch.shared_out((blocks, blocks), cotangents) == (blocks._replace(chunk=even),)
 
 

@@ -7,6 +7,7 @@ formulas are right; races, and what the compiler does, only the GPU shows (test_
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from atp_fast.kernels.key_patch_effects import (
     launch_other_effects,
     launch_top_effects,
 )
-from atp_fast.kernels.launch import Blocks, Scoring, sizes_of
+from atp_fast.kernels.launch import Blocks, Scoring, shared_out, sizes_of
 from atp_fast.kernels.row_dots import launch_row_dots
 from atp_fast.ops import reference, triton
 
@@ -207,6 +208,34 @@ if triton.INTERPRETED or torch.cuda.is_available():
         got |= {"z": z, "stats.z": stats.z, "stats.logsumexp": logsumexp}
         for name, y in got.items():
             torch.testing.assert_close(y.double(), truth[name], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("cotangents", "blocks"),
+        [
+            *((c, Blocks(16, 32, 12, 4, 1, side=4, lanes=4)) for c in (1, 3, 7, 12, 13)),
+            *((c, Blocks(32, 16, 6, 4, 1, width=16, side=2)) for c in (2, 5)),
+        ],
+        ids=lambda x: str(x) if isinstance(x, int) else f"side{x.side}",
+    )
+    def test_cotangents_side_by_side(cotangents: int, blocks: Blocks) -> None:
+        case = dataclasses.replace(
+            BY_NAME["everything"],
+            heads=2,
+            kv_heads=1,
+            queries=19,
+            keys=37,
+            window=17,
+            cotangents=cotangents,
+        )
+        x = op_cases.make_inputs(case, torch.float32, DEVICE)
+        truth = op_cases.run("attention_vjp_effects", x.to(torch.float64), "reference")["effect_k"]
+        stats = launch_attention(x.q, x.k, x.v, Scoring(*x.scoring))
+        (even,) = shared_out((blocks,), cotangents)
+        with op_cases.guarded_outputs():
+            got = launch_key_patch_effects(
+                *(x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats, Scoring(*x.scoring)), blocks=even
+            )
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize(("name", "parts"), [("gqa", 3), ("mqa", 5)])
     def test_parts_of_a_group_sum_to_it(name: str, parts: int) -> None:
