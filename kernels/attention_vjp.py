@@ -347,6 +347,7 @@ KEY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
         Blocks(32, 64, 2, 4, 3, majors=(9,)),
+        Blocks(32, 128, 2, 8, 3, majors=(9,)),
         Blocks(32, 128, 2, 8, 2, majors=(10,)),
         Blocks(16, 128, 2, 8, 2, majors=(8,)),
         Blocks(32, 128, 1, 8, 2, majors=(8,)),
@@ -389,6 +390,7 @@ QUERY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
         Blocks(64, 64, 3, 4, 3, majors=(9,)),
+        Blocks(128, 64, 3, 8, 3, majors=(9,)),
         Blocks(128, 64, 2, 8, 2, majors=(10,)),
         Blocks(64, 64, 1, 4, 2, majors=(8,)),
     ),
