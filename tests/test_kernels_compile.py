@@ -7,6 +7,7 @@ spills nothing, but for the configurations measured faster with spills, and stay
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_what_is_worse_than_the_budget_fails(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(compiled, "budget", lambda tight=tight: (here, tight))
         with pytest.raises(AssertionError, match=f"worse than.*{name}"):
             compiled.check(case)
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize(("name", "weights"), [("key_gradients", 2), ("query_gradients", 1)])
+def test_float16_weights_are_raised_before_a_product_truncates_them(
+    name: str, weights: int, target: str
+) -> None:
+    """No rounding by the compiler: the sum of tiles.half_a_place_up stands there for every element of p and dS."""
+    case = next(case for case in compiled.cases(("f16",), (64,), (target,)) if case.kernel == name)
+    (start,) = compiled.starts(case)
+    ptx = compiled.binaries.compiled(start, target).asm["ptx"]
+    elements = weights * case.blocks.block_m * case.blocks.block_n // (32 * case.blocks.num_warps)
+    assert "tf32" in ptx
+    assert "cvt.rna.tf32" not in ptx
+    assert len(re.findall(r"add\.s32.*, 4096;", ptx)) >= elements
 
 
 @pytest.mark.parametrize("name", compiled.TILED)
