@@ -173,15 +173,19 @@ def _attention_vjp_key_kernel(
             g_base += tl.cast(start_m, tl.int64) * stride_gm
             # [BLOCK_M, BLOCK_V]
             g = load_rows(g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V)
-            if grad_v_ptr is not None:
+            # sliced, dP is a loop that nothing overlaps; otherwise grad_v's product runs while dS is formed
+            if grad_v_ptr is not None and WIDTH < BLOCK_V:
                 new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
             if grad_k_ptr is not None:
-                row_c = cotangent * batches * heads * queries + row + rows
-                mean = tl.load(mean_ptr + row_c, mask=rows < left, other=0.0)[None, :]
                 dp = row_products(
                     v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
                     g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
                 )  # fmt: skip
+            if grad_v_ptr is not None and WIDTH >= BLOCK_V:
+                new_grad_v = new_grad_v + (weigh(p, g, grad_v[c], PRECISION),)
+            if grad_k_ptr is not None:
+                row_c = cotangent * batches * heads * queries + row + rows
+                mean = tl.load(mean_ptr + row_c, mask=rows < left, other=0.0)[None, :]
                 ds = soften(p * (dp - mean), s, softcap)
                 new_grad_k = new_grad_k + (weigh(ds, q, grad_k[c], PRECISION),)
         if grad_k_ptr is not None:
@@ -343,6 +347,7 @@ KEY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
         Blocks(32, 64, 2, 4, 3, majors=(9,)),
+        Blocks(32, 128, 2, 8, 3, majors=(9,)),
         Blocks(32, 128, 2, 8, 2, majors=(10,)),
         Blocks(16, 128, 2, 8, 2, majors=(8,)),
         Blocks(32, 128, 1, 8, 2, majors=(8,)),
@@ -385,6 +390,7 @@ QUERY_CONFIGS = {
     (torch.bfloat16, 64): (
         Blocks(64, 64, 2, 4, 3, majors=(9,)),
         Blocks(64, 64, 3, 4, 3, majors=(9,)),
+        Blocks(128, 64, 3, 8, 3, majors=(9,)),
         Blocks(128, 64, 2, 8, 2, majors=(10,)),
         Blocks(64, 64, 1, 4, 2, majors=(8,)),
     ),

@@ -15,7 +15,8 @@ products take the inputs as they are. Four kernels:
   3. _key_patch_effects_kernel: the sum over all other keys. One program owns BLOCK_N keys of one key/value head
      for CHUNK cotangents, which share w, and loops over the query blocks in reach of every query head of the
      group, or of a part of it where programs are few. Only tiles at the diagonal or a window's edge are masked. Per tile:
-     2 products for w and 1 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
+     2 products for w and 1 for SIDE cotangents, whose rows stand one behind the other; bytes: BLOCK_M (head_dim + CHUNK v_dim)
+     elements.
   4. _top_effects_kernel: the parts of 2, summed by key. The owner of BLOCK_N keys multiplies the rows' one-hot
      choice [BLOCK_N, BLOCK_M] with CHUNK cotangents: a product, in a fixed order, instead of atomics.
 
@@ -64,6 +65,19 @@ from atp_fast.kernels.tiles import (
     store_rows,
     visible,
 )
+
+
+@triton.jit
+def _part_sums(x, SIDE: tl.constexpr, LANES: tl.constexpr):
+    """x, [rows, SIDE * columns], summed over columns in LANES parts: [rows, SIDE, LANES].
+
+    A part is every LANES-th pair of columns: of four parts each is what one lane holds of a matrix instruction's result, so
+    that none has to be passed between lanes.
+    """
+    columns: tl.constexpr = x.shape[1] // SIDE
+    pairs = tl.reshape(x, [x.shape[0], SIDE, columns // (2 * LANES), LANES, 2])
+    parts = tl.permute(pairs, (0, 1, 3, 2, 4))
+    return tl.sum(tl.reshape(parts, [x.shape[0], SIDE, LANES, columns // LANES]), 3)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
@@ -119,6 +133,8 @@ def _key_patch_effects_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    SIDE: tl.constexpr,
+    LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -145,9 +161,12 @@ def _key_patch_effects_kernel(
     k_corrupted = load_rows(k_corrupted_ptr, offs_n, keys, stride_xn, stride_xd, HEAD_DIM, BLOCK_D)
 
     low, per_head = queries_in_reach(start_n, queries, keys, window, CAUSAL, BLOCK_M, BLOCK_N)
+    # the rows of SIDE cotangents
+    side_c = first + tl.arange(0, SIDE * BLOCK_M) // BLOCK_M
+    side_rows = tl.arange(0, SIDE * BLOCK_M) % BLOCK_M
     effect = ()
-    for _ in tl.static_range(CHUNK):
-        effect = effect + (tl.zeros([BLOCK_N], tl.float32),)
+    for _ in tl.static_range(CHUNK // SIDE):
+        effect = effect + (tl.zeros([BLOCK_N, SIDE, LANES], tl.float32),)
 
     head = (kv_head * tl.num_programs(1) + part) * group
     start_m = low
@@ -178,23 +197,27 @@ def _key_patch_effects_kernel(
         )  # fmt: skip
         w = key_weights(p, x, binary_change(raw_patched, raw, scale, softcap))
         w = tl.where(top[None, :] == offs_n[:, None], 0.0, w)
+        # [BLOCK_N, SIDE * BLOCK_M]
+        side_w = tl.broadcast_to(w[:, None, :], [BLOCK_N, SIDE, BLOCK_M])
+        side_w = tl.reshape(side_w, [BLOCK_N, SIDE * BLOCK_M])
 
         new_effect = ()
-        for c in tl.static_range(CHUNK):
+        for j in tl.static_range(CHUNK // SIDE):
             # one that is not there repeats the last, and is not stored
-            cotangent = tl.minimum(first + c, cotangents - 1)
-            g_base = grad_ptr + cotangent * stride_gc + batch * stride_gb + head * stride_gh
+            cotangent = tl.minimum(side_c + j * SIDE, cotangents - 1)
+            g_base = grad_ptr + batch * stride_gb + head * stride_gh
             g_base += tl.cast(start_m, tl.int64) * stride_gm
-            # [BLOCK_M, BLOCK_V]
-            g = load_rows(g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V)
-            row_c = cotangent * batches * heads * queries + row + rows
-            mean = tl.load(mean_ptr + row_c, mask=rows < left, other=0.0)[None, :]
+            g_base += (cotangent * stride_gc)[:, None]
+            # [SIDE * BLOCK_M, BLOCK_V]
+            g = load_rows(g_base, side_rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V)
+            row_c = cotangent * batches * heads * queries + row + side_rows
+            mean = tl.load(mean_ptr + row_c, mask=side_rows < left, other=0.0)[None, :]
             dp = row_products(
                 v, g, v_ptr, offs_n, keys, stride_vn, stride_vd,
-                g_base, rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
+                g_base, side_rows, left, stride_gm, stride_gd, V_DIM, BLOCK_V, WIDTH, PRECISION,
             )  # fmt: skip
-            total = tl.sum(w * (dp - mean), 1)
-            new_effect = new_effect + (effect[c] + total,)
+            total = _part_sums(side_w * (dp - mean), SIDE, LANES)
+            new_effect = new_effect + (effect[j] + total,)
         effect = new_effect
         # the next head's first block behind this one's last; a division would cost more
         start_m += BLOCK_M
@@ -207,13 +230,12 @@ def _key_patch_effects_kernel(
     if mask_ptr is not None:
         masks = mask_ptr + batch * stride_mb + offs_n.to(tl.int64) * stride_mn
         real = tl.load(masks, mask=real, other=0) != 0
-    for c in tl.static_range(CHUNK):
-        if first + c < cotangents:
-            column = ((part * cotangents + first + c) * batches + batch) * keys + offs_n.to(
-                tl.int64
-            )
-            out = tl.where(real, effect[c], 0.0)
-            tl.store(effect_ptr + column * kv_heads + kv_head, out, mask=offs_n < keys)
+    for j in tl.static_range(CHUNK // SIDE):
+        cs = first + j * SIDE + tl.arange(0, SIDE)
+        columns = ((part * cotangents + cs)[None, :] * batches + batch) * keys + offs_n[:, None]
+        mask = (cs < cotangents)[None, :] & (offs_n < keys)[:, None]
+        out = tl.where(real[:, None], tl.sum(effect[j], 2), 0.0)
+        tl.store(effect_ptr + columns * kv_heads + kv_head, out, mask=mask)
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -343,15 +365,15 @@ def _top_effects_kernel(
 
 _NARROW = {
     64: (
-        Blocks(32, 64, 6, 4, 3, majors=(9,)),
-        Blocks(32, 128, 12, 8, 2, majors=(9,)),
-        Blocks(32, 128, 4, 8, 2, majors=(10,)),
-        Blocks(32, 64, 4, 4, 2, majors=(8,)),
-        Blocks(32, 128, 3, 8, 2, majors=(8,)),
+        Blocks(32, 64, 6, 4, 3, side=2, lanes=4, majors=(9,)),
+        Blocks(32, 128, 12, 8, 2, side=4, lanes=4, majors=(9,)),
+        Blocks(32, 128, 4, 8, 2, side=4, majors=(10,)),
+        Blocks(32, 64, 4, 4, 2, side=2, lanes=4, majors=(8,)),
+        Blocks(32, 128, 4, 8, 2, side=2, lanes=4, majors=(8,)),
     ),
     128: (
-        Blocks(32, 128, 6, 8, 2, majors=(9,)),
-        Blocks(32, 128, 4, 8, 2, majors=(10,)),
+        Blocks(32, 128, 6, 8, 2, side=2, lanes=4, majors=(9,)),
+        Blocks(32, 128, 4, 8, 2, side=2, majors=(10,)),
         Blocks(32, 64, 2, 4, 2, majors=(8,)),
     ),
     256: (
@@ -362,14 +384,14 @@ _NARROW = {
 _FLOAT32 = {
     64: (
         Blocks(64, 64, 4, 4, 1, majors=(9,)),
-        Blocks(32, 64, 2, 4, 2, width=16),
+        Blocks(32, 64, 2, 4, 2, width=16, side=2),
     ),
     128: (
-        Blocks(32, 128, 4, 8, 1, width=32, majors=(9,)),
-        Blocks(32, 64, 4, 4, 2, width=16, majors=(9,)),
-        Blocks(32, 64, 2, 4, 2, width=16, majors=(8, 10)),
+        Blocks(32, 128, 4, 8, 1, width=32, side=2, majors=(9,)),
+        Blocks(32, 64, 4, 4, 2, width=16, side=2, majors=(9,)),
+        Blocks(32, 64, 2, 4, 2, width=16, side=2, majors=(8, 10)),
     ),
-    256: (Blocks(32, 64, 2, 4, 2, width=16),),
+    256: (Blocks(32, 64, 2, 4, 2, width=16, side=2),),
 }
 CONFIGS = {
     **{(dtype, dim): _NARROW[dim] for dtype in (torch.bfloat16, torch.float16) for dim in _NARROW},

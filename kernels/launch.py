@@ -10,6 +10,7 @@ autotuner change nothing.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Blocks(NamedTuple):
     width: columns that a product of rows takes at a time (tiles.row_products), whole rows by default.
     majors: the compute capabilities whose registers it suits. 9 and 10 have matrix instructions that read shared
     memory; anything else counts as 8.
+    side, lanes: cotangents whose rows one product takes, and parts in which a row is summed (key_patch_effects.py).
     """
 
     block_m: int
@@ -55,6 +57,8 @@ class Blocks(NamedTuple):
     num_stages: int
     width: int = 256
     majors: tuple[int, ...] = (8, 9, 10)
+    side: int = 1
+    lanes: int = 1
 
 
 Configs = Mapping[tuple[torch.dtype, int], tuple[Blocks, ...]]
@@ -173,13 +177,15 @@ def candidates(configs: Configs, x: Tensor, *dims: int) -> tuple[Blocks, ...]:
 def shared_out(choices: tuple[Blocks, ...], cotangents: int) -> tuple[Blocks, ...]:
     """The choices with chunks of even size: seven cotangents by at most six are four and three, one is one.
 
-    What a program computes for cotangents that are not there is thrown away.
+    Chunks are rounded up to whole products of b.side cotangents, or to a power of two below that. What a program computes for
+    cotangents that are not there is thrown away.
     """
-    even = (
-        b._replace(chunk=cdiv(cotangents, cdiv(cotangents, b.chunk))) if cotangents else b
-        for b in choices
-    )
-    return tuple(dict.fromkeys(even))
+
+    def even(b: Blocks) -> int:
+        chunk = cdiv(cotangents, cdiv(cotangents, b.chunk))
+        return cdiv(chunk, b.side) * b.side if chunk > b.side else 1 << (chunk - 1).bit_length()
+
+    return tuple(dict.fromkeys(b._replace(chunk=even(b)) if cotangents else b for b in choices))
 
 
 @functools.cache
@@ -212,6 +218,8 @@ def _meta(kernel: Any, blocks: Blocks) -> dict[str, int]:
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "CHUNK": blocks.chunk,
+        "SIDE": math.gcd(blocks.chunk, blocks.side),
+        "LANES": blocks.lanes,
         "WIDTH": blocks.width,
         "STAGES": blocks.num_stages,
     }

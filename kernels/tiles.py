@@ -186,6 +186,15 @@ def hide(s, positions, mask_ptr, start_n, cols, stride_mn, keys, window, CAUSAL:
 
 
 @triton.jit
+def half_a_place_up(x):
+    """x and half of TF32's last place: a product drops the 13 bits below that, and takes the nearest so, halves away from 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    # the hardware's NaN is the largest integer: the sum would carry it over into a 0
+    bits = tl.minimum(bits, 0x7FFFEFFF) + 0x1000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def weigh(weights, x, acc, PRECISION: tl.constexpr):
     """acc + weights @ x, the float32 weights rounded to x's dtype.
 
@@ -194,6 +203,8 @@ def weigh(weights, x, acc, PRECISION: tl.constexpr):
     if x.dtype == tl.bfloat16:
         acc = tl.dot(weights.to(tl.bfloat16), x, acc, input_precision="ieee")
     else:
+        if PRECISION == "tf32":
+            weights = half_a_place_up(weights)
         acc = tl.dot(weights, x.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 

@@ -401,9 +401,9 @@ def rounded_operands(x: Inputs) -> tuple[float, Outputs]:
     """What the Triton backend's narrow products may add, since their weights are operands too.
 
     First the relative error of the weights of z, which go in as two parts of x's dtype; then by gradient the
-    first-order bound, float64, of one rounding of p or dS: to bfloat16, or to TF32, which may truncate, for float16.
+    first-order bound, float64, of one rounding of p or dS: to bfloat16, or to TF32 for float16.
     """
-    parts, one = {torch.bfloat16: (2.0**-17, 2.0**-8), torch.float16: (2.0**-22, 2.0**-10)}[
+    parts, one = {torch.bfloat16: (2.0**-17, 2.0**-8), torch.float16: (2.0**-22, 2.0**-11)}[
         x.q.dtype
     ]
     x = x.to(torch.float64)

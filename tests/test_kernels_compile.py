@@ -7,6 +7,7 @@ spills nothing, but for the configurations measured faster with spills, and stay
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_what_is_worse_than_the_budget_fails(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(compiled, "budget", lambda tight=tight: (here, tight))
         with pytest.raises(AssertionError, match=f"worse than.*{name}"):
             compiled.check(case)
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize(("name", "weights"), [("key_gradients", 2), ("query_gradients", 1)])
+def test_float16_weights_are_raised_before_a_product_truncates_them(
+    name: str, weights: int, target: str
+) -> None:
+    """No rounding by the compiler: the sum of tiles.half_a_place_up stands there for every element of p and dS."""
+    case = next(case for case in compiled.cases(("f16",), (64,), (target,)) if case.kernel == name)
+    (start,) = compiled.starts(case)
+    ptx = compiled.binaries.compiled(start, target).asm["ptx"]
+    elements = weights * case.blocks.block_m * case.blocks.block_n // (32 * case.blocks.num_warps)
+    assert "tf32" in ptx
+    assert "cvt.rna.tf32" not in ptx
+    assert len(re.findall(r"add\.s32.*, 4096;", ptx)) >= elements
 
 
 @pytest.mark.parametrize("name", compiled.TILED)
@@ -190,10 +206,18 @@ def test_what_does_not_fill_the_device_is_not_tuned(
 
 
 @pytest.mark.parametrize(
-    ("cotangents", "chunk", "even"), [(1, 2, 1), (2, 2, 2), (3, 2, 2), (7, 6, 4), (12, 6, 6)]
+    ("cotangents", "chunk", "side", "even"),
+    [
+        *((1, 2, 1, 1), (2, 2, 1, 2), (3, 2, 1, 2), (7, 6, 1, 4), (12, 6, 1, 6)),
+        *((1, 6, 2, 1), (2, 6, 2, 2), (3, 6, 2, 4), (6, 6, 2, 6), (7, 6, 2, 4), (13, 6, 2, 6)),
+        *((1, 12, 4, 1), (2, 12, 4, 2), (3, 12, 4, 4), (5, 12, 4, 8), (12, 12, 4, 12)),
+        *((13, 12, 4, 8), (25, 12, 4, 12)),
+    ],
 )
-def test_cotangents_are_shared_out_evenly(cotangents: int, chunk: int, even: int) -> None:
-    blocks = launch.Blocks(64, 64, chunk, 4, 2)
+def test_cotangents_are_shared_out_evenly(
+    cotangents: int, chunk: int, side: int, even: int
+) -> None:
+    blocks = launch.Blocks(64, 64, chunk, 4, 2, side=side)
     assert launch.shared_out((blocks, blocks), cotangents) == (blocks._replace(chunk=even),)
 
 

@@ -7,6 +7,7 @@ formulas are right; races, and what the compiler does, only the GPU shows (test_
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton import jit
 
 import op_cases
 from atp_fast import ops
+from atp_fast.kernels import attention_vjp
 from atp_fast.kernels.attention import launch_attention
 from atp_fast.kernels.attention_vjp import launch_key_gradients, launch_query_gradients
 from atp_fast.kernels.attention_z import launch_attention_z
@@ -28,8 +32,9 @@ from atp_fast.kernels.key_patch_effects import (
     launch_other_effects,
     launch_top_effects,
 )
-from atp_fast.kernels.launch import Blocks, Scoring, sizes_of
+from atp_fast.kernels.launch import Blocks, Scoring, shared_out, sizes_of
 from atp_fast.kernels.row_dots import launch_row_dots
+from atp_fast.kernels.tiles import half_a_place_up
 from atp_fast.ops import reference, triton
 
 BY_NAME = {case.name: case for case in op_cases.CASES}
@@ -69,6 +74,17 @@ def _product_in_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     (a0, a1, a2), (b0, b1, b2) = parts(a), parts(b)
     small = a1 @ b1 + a0 @ b2 + a2 @ b0
     return ((small + (a0 @ b1 + a1 @ b0)) + a0 @ b0).numpy()
+
+
+def _in_tf32(x: np.ndarray) -> np.ndarray:
+    """x as a TF32 product takes it: float32 without the 13 last bits."""
+    return (x.view(np.int32) & -0x2000).view(np.float32)
+
+
+@jit
+def _half_a_place_up_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(out_ptr + offs, half_a_place_up(tl.load(x_ptr + offs)))
 
 
 if not triton.INTERPRETED:
@@ -141,6 +157,36 @@ if triton.INTERPRETED or torch.cuda.is_available():
         op_cases.check("attention_vjp_effects", x, "triton")
         assert products > 0
 
+    def test_half_a_place_up_and_truncated_is_the_nearest_tf32() -> None:
+        rng = np.random.default_rng(1)
+        x = rng.standard_normal(4096) * 2.0 ** rng.integers(-60, 60, 4096)
+        halves = [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 2 - 2**-11, 2.0**-126, 0.0]
+        x[: len(halves) + 4] = [*halves, np.inf, -np.inf, np.nan, np.nan]
+        given = x.astype(np.float32)
+        # the NaN that the hardware makes
+        given.view(np.int32)[len(halves) + 3] = 0x7FFFFFFF
+        out = torch.empty(4096, device=DEVICE)
+        _half_a_place_up_kernel[(1,)](torch.from_numpy(given).to(DEVICE), out, SIZE=4096)
+        fraction, exponent = np.frexp(given.astype(np.float64))
+        places = np.copysign(np.floor(np.abs(fraction) * 2**11 + 0.5), fraction)
+        np.testing.assert_array_equal(_in_tf32(out.cpu().numpy()), np.ldexp(places, exponent - 11))
+
+    @pytest.mark.skipif(not triton.INTERPRETED, reason="it stands in for the compiler's products")
+    def test_float16_gradients_do_not_shrink_by_truncation(monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+            x, y = (_in_tf32(z.data.astype(np.float32)) for z in (a, b))
+            return TensorHandle(x @ y + d.data, d.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        monkeypatch.setattr(attention_vjp, "dot_precision", lambda dtype: "tf32")
+        x = inputs("T65", "f16")
+        truth = op_cases.run("attention_vjp", x.to(torch.float64), "reference")
+        for name, got in op_cases.run("attention_vjp", x, "triton").items():
+            size = (got.double() * truth[name]).sum() / truth[name].square().sum()
+            assert abs(size - 1) < 1e-4, name
+
     @pytest.mark.parametrize(
         ("name", "blocks"),
         [
@@ -207,6 +253,34 @@ if triton.INTERPRETED or torch.cuda.is_available():
         got |= {"z": z, "stats.z": stats.z, "stats.logsumexp": logsumexp}
         for name, y in got.items():
             torch.testing.assert_close(y.double(), truth[name], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("cotangents", "blocks"),
+        [
+            *((c, Blocks(16, 32, 12, 4, 1, side=4, lanes=4)) for c in (1, 3, 7, 12, 13)),
+            *((c, Blocks(32, 16, 6, 4, 1, width=16, side=2)) for c in (2, 5)),
+        ],
+        ids=lambda x: str(x) if isinstance(x, int) else f"side{x.side}",
+    )
+    def test_cotangents_side_by_side(cotangents: int, blocks: Blocks) -> None:
+        case = dataclasses.replace(
+            BY_NAME["everything"],
+            heads=2,
+            kv_heads=1,
+            queries=19,
+            keys=37,
+            window=17,
+            cotangents=cotangents,
+        )
+        x = op_cases.make_inputs(case, torch.float32, DEVICE)
+        truth = op_cases.run("attention_vjp_effects", x.to(torch.float64), "reference")["effect_k"]
+        stats = launch_attention(x.q, x.k, x.v, Scoring(*x.scoring))
+        (even,) = shared_out((blocks,), cotangents)
+        with op_cases.guarded_outputs():
+            got = launch_key_patch_effects(
+                *(x.q, x.k, x.v, x.k_corrupted, x.grad_z, stats, Scoring(*x.scoring)), blocks=even
+            )
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize(("name", "parts"), [("gqa", 3), ("mqa", 5)])
     def test_parts_of_a_group_sum_to_it(name: str, parts: int) -> None:
