@@ -5,15 +5,17 @@
     grad_q_i = sum_j dS_ij k_j       grad_k_j = sum_i dS_ij q_i       grad_v_j = sum_i p_ij g_i
 
 Inputs as in attention.py; grad_z (C, batch, heads, queries, v_dim); logsumexp, to the base 2, and D float32, from one read of
-grad_z (row_dots.py). Only tiles at the diagonal, a window's edge or the end are masked. Outputs have a leading C and the dtype of q. Logits, p, dP, dS and sums are float32; operands
-of products are in the input dtype (float16: TF32, see tiles.weigh).
+grad_z (row_dots.py). Only tiles at the diagonal, a window's edge or the end are masked. Outputs have a leading C and the
+dtype of q. Logits, p, dP, dS and sums are float32; operands of products are in the input dtype (float16: TF32, see
+tiles.weigh).
 
 No atomics: the owner of a key block sums grad_k and grad_v, the owner of a query block grad_q, each from its own
 p and dP, in a fixed order. One program serves CHUNK cotangents, which share p.
 
 _attention_vjp_key_kernel: BLOCK_N keys of one key/value head; loops over the query blocks in reach of every query
-head of the group; where programs are few, of a part of it, and the parts, float32, are summed afterwards. Tiles are held transposed, [BLOCK_N, BLOCK_M], so that p and dS enter their products from
-registers. Per tile: 1 product for p and 3 per cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
+head of the group; where programs are few, of a part of it, and the parts, float32, are summed afterwards. Tiles are held
+transposed, [BLOCK_N, BLOCK_M], so that p and dS enter their products from registers. Per tile: 1 product for p and 3 per
+cotangent; bytes: BLOCK_M (head_dim + CHUNK v_dim) elements.
 _attention_vjp_query_kernel: BLOCK_M queries of one head, whose g stay on chip; loops over the key blocks in reach.
 Per tile: 1 product for p and 2 per cotangent; bytes: BLOCK_N (head_dim + v_dim) elements.
 

@@ -25,7 +25,8 @@ class LayerBytes(NamedTuple):
 
     forward: the worst moment of a forward without a graph, its output included; tape: what a tape holds; neurons, statistics:
     what it holds more where neurons are scored, and of the key fix; output: the worst moment of one cotangent's way from the
-    layer's output to z; given: what it leaves there, gradients of z, neurons and the input; input: the worst moment of its way from q, k, v to the input.
+    layer's output to z; given: what it leaves there, gradients of z, neurons and the input; input: the worst moment of its
+    way from q, k, v to the input.
     """
 
     forward: int

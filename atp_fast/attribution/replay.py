@@ -6,8 +6,8 @@ calls, on buffers at fixed addresses: a batch's tensors are copied into them, an
 All else that the recorded functions read of a batch is in the key by which recordings are kept.
 
 The first batch of a kind is watched for what no recording could hold. A shape's first batch is swept eagerly; the second is
-swept on the buffers, and what was called is recorded; the third is replayed and swept eagerly, and the bits are compared: had the recording held on to
-the second's numbers, they would differ. Those after it are replayed.
+swept on the buffers, and what was called is recorded; the third is replayed and swept eagerly, and the bits are compared:
+had the recording held on to the second's numbers, they would differ. Those after it are replayed.
 """
 
 from __future__ import annotations
