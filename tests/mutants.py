@@ -1649,7 +1649,12 @@ class Copy:
         done = subprocess.run(
             command, shell=True, cwd=self.folder, env=environment, capture_output=True, text=True
         )
-        verdicts = {0: "survived", 1: "caught"}
+        verdicts = {
+            0: "survived",
+            1: "caught",
+            134: "caught",
+            139: "caught",
+        }  # the last two: a crash
         return verdicts.get(done.returncode, done.stdout[-500:])
 
 
