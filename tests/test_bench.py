@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCH))
 from cases import layer_operations, operations, random_pairs  # noqa: E402
 from measure import Timing, interleaved, product_paths, write_ratios  # noqa: E402
 from random_models import NEOX_TINY, build_random, random_prompts  # noqa: E402
-from roofline import tile_pairs, whole_pairs  # noqa: E402
+from roofline import OPS, predicted, tile_pairs, traffic, whole_pairs  # noqa: E402
 from rows import RowFile, quantiles, shape_of  # noqa: E402
 
 COLUMNS = {"op": "attribute", "provider": "atp_fast auto", "mode": "atp*", "dtype": "float32"}
@@ -120,6 +120,14 @@ def test_the_roofline_counts_the_tiles_of_a_causal_square(keys, queries_at_once,
     whole = [(m, n) for m, n in tiles if m * queries_at_once >= (n + 1) * keys_at_once - 1]
     assert whole_pairs(keys, queries_at_once, keys_at_once, "query") == len(whole)
     assert whole_pairs(keys, keys_at_once, queries_at_once, "key") == len(whole)
+
+
+def test_the_roofline_knows_the_traffic_of_every_kernel_it_predicts():
+    cases = predicted("bf16", 64)
+    assert {case.kernel for case in cases} == {name for names in OPS.values() for name in names}
+    for case in cases:
+        through, least = traffic(case, 128, 2, 1)
+        assert least > 0 and 2 * traffic(case, 128, 1, 1)[0] == through
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
