@@ -83,8 +83,8 @@ FAULTS = [
     ),
     Fault(
         "csrc/linear.h",
-        "round_up(divide_up(depth, blocks), lanes<R>)",
-        "divide_up(depth, blocks) / lanes<R> * lanes<R>",
+        "x + m * call.x_row + k, depth, last_rows",
+        "x + m * call.x_row, depth, last_rows",
         "tests/test_linears.py -k product",
     ),
     Fault(
