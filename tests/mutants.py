@@ -63,6 +63,7 @@ PRUNE = "tests/integrations/test_auto_circuit.py"
 SPLIT = "tests/test_tensor_parallel.py -m 'not slow'"
 GROUPS = "tests/test_tensor_parallel.py -k dead"
 INTERPRETED = "INTERPRET tests/test_ops_triton.py -k 'window or side'"
+PRODUCTS = "tests/test_linears.py -k product"
 COMPILED = "tests/test_kernels_compile.py -k "
 
 DICTS = "tests/test_dictionaries.py -k "
@@ -73,49 +74,49 @@ FAULTS = [
         "csrc/linear.h",
         "std::min(c.rows, c.call.rows - row),",
         "c.rows,",
-        "tests/test_linears.py -k product",
+        PRODUCTS,
     ),
     Fault(
         "csrc/linear.h",
         "right + at * N * L)",
         "right + at * turned_width<R>)",
-        "tests/test_linears.py -k product",
+        PRODUCTS,
     ),
     Fault(
         "csrc/linear.h",
         "x + m * call.x_row + k, depth, last_rows",
         "x + m * call.x_row, depth, last_rows",
-        "tests/test_linears.py -k product",
+        PRODUCTS,
     ),
     Fault(
         "kernels/launch.py",
         "* parts >= _processors",
         "> _processors",
-        "tests/test_kernels_compile.py -k tuned",
+        COMPILED + "tuned",
     ),
     Fault(
         "kernels/launch.py",
         ", cache_results=True",
         "",
-        "tests/test_kernels_compile.py -k autotuning",
+        COMPILED + "autotuning",
     ),
     Fault(
         "atp_fast/attribution/memory.py",
         "rows <= _FEW_ROWS",
         "rows < _FEW_ROWS",
-        "tests/test_twins.py -k waited",
+        TWINS + " -k waited",
     ),
     # memory after a replay that had too little
     Fault(
         "atp_fast/attribution/replay.py",
-        "            recording = None\n            self._refuse",
-        "            self._refuse",
+        "recording.call(asked)\n        except torch.OutOfMemoryError:",
+        "recording.call(asked)\n        except torch.OutOfMemoryError as error:\n            self._last = error",
         REPLAY + "free_again",
     ),
     Fault(
         "atp_fast/attribution/replay.py",
-        "            recording = None\n            self._known[key].refused = True\n",
-        "            self._known[key].refused = True\n",
+        "recording.replay(asked)\n        except torch.OutOfMemoryError:",
+        "recording.replay(asked)\n        except torch.OutOfMemoryError as error:\n            self._last = error",
         REPLAY + "free_again",
     ),
     Fault(
@@ -504,8 +505,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/replay.py",
-        "self._recorded[key] = recording  # the last one used",
-        "self._recorded = {key: recording, **self._recorded}",
+        "recording = self._recorded[key] = self._recorded.pop(key)",
+        "recording = self._recorded[key]",
         REPLAY + "take_turns",
     ),
     Fault(
@@ -1643,12 +1644,8 @@ class Copy:
         done = subprocess.run(
             command, shell=True, cwd=self.folder, env=environment, capture_output=True, text=True
         )
-        verdicts = {
-            0: "survived",
-            1: "caught",
-            134: "caught",
-            139: "caught",
-        }  # the last two: a crash
+        crashes = dict.fromkeys((134, 139), "caught")
+        verdicts = {0: "survived", 1: "caught", **crashes}
         return verdicts.get(done.returncode, done.stdout[-500:])
 
 

@@ -144,27 +144,19 @@ class Replays:
 
     def _record(self, key: Hashable, asked: Asked, eager: Eager) -> tuple[Tensor, Tensor]:
         """Sweep a batch on the buffers of a new recording, calling what is recorded then."""
-        recording: Recording | None = None
-        short = False
-        try:
-            recording = Recording(self._graphs(asked.plug.device), asked)
-            recording.load(asked)
-            found = recording.call(asked)
-        except torch.OutOfMemoryError:  # buffers and the like: the eager sweep may do less at once
-            short = True  # it is swept below, where no traceback holds what has been run
-        if short:
-            recording = None
+        called = self._called(asked)
+        if called is None:  # buffers and the like: the eager sweep may do less at once
             self._known[key].refused = True
             return eager()
-        assert recording is not None
+        recording, found = called
         if found is None:
             return eager()
         recording.store(asked)
         try:
             recording.record(asked.plug)
         except Exception as error:  # whatever a recording does not bear: the sweep is done
-            memory = isinstance(error, torch.OutOfMemoryError)
-            why = "out of memory" if memory else f"{type(error).__name__}: {error}"
+            short = isinstance(error, torch.OutOfMemoryError)
+            why = "out of memory" if short else f"{type(error).__name__}: {error}"
             self._refuse(key, f"a sweep could not be recorded ({why})")
             return found
         self._recorded[key] = recording
@@ -173,20 +165,12 @@ class Replays:
 
     def _replayed(self, key: Hashable, asked: Asked, eager: Eager) -> tuple[Tensor, Tensor]:
         """Replay a batch; a recording's first one is swept eagerly too, and has to give the same bits."""
-        recording: Recording | None = self._recorded.pop(key)
-        assert recording is not None
-        self._recorded[key] = recording  # the last one used
-        short = False
-        try:
-            recording.load(asked)
-            found = recording.replay(asked)
-        except torch.OutOfMemoryError:
-            short = True
-        if short:
-            recording = None
+        replayed = self._loaded(key, asked)
+        if replayed is None:
             self._refuse(key, "out of memory in a replayed sweep")
             self.release()
             return eager()
+        recording, found = replayed
         if found is None:
             return eager()
         if recording.compared:
@@ -200,6 +184,28 @@ class Replays:
         else:
             self._refuse(key, "a replayed sweep gave other numbers than the eager one")
         return wanted
+
+    # Functions of their own, so that nothing holds what ran out of memory when the eager sweep begins: no name, no traceback.
+
+    def _called(self, asked: Asked) -> tuple[Recording, tuple[Tensor, Tensor] | None] | None:
+        """A new recording and what calling it gave, None where memory ran out."""
+        try:
+            recording = Recording(self._graphs(asked.plug.device), asked)
+            recording.load(asked)
+            return recording, recording.call(asked)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _loaded(
+        self, key: Hashable, asked: Asked
+    ) -> tuple[Recording, tuple[Tensor, Tensor] | None] | None:
+        """A key's recording, now the last one used, and what replaying it gave, None where memory ran out."""
+        recording = self._recorded[key] = self._recorded.pop(key)
+        try:
+            recording.load(asked)
+            return recording, recording.replay(asked)
+        except torch.OutOfMemoryError:
+            return None
 
     def _refuse(self, key: Hashable, why: str) -> None:
         self._recorded.pop(key, None)
