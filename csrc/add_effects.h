@@ -111,7 +111,7 @@ void add_effects(const AddEffectsCall& call, int threads) {
     using Self = AddEffects<R>;
     const Index count = std::max<Index>(call.width * call.dim, 1);
     Self self{call, std::max<Index>(Self::enough / count, 1), nullptr, 0};
-    const Index units = (call.columns + self.columns_per_unit - 1) / self.columns_per_unit;
+    const Index units = divide_up(call.columns, self.columns_per_unit);
     self.scratch_stride = (Self::scratch_rows(call) * Index(sizeof(R)) + 63) / 64 * 64;
     threads = int(std::min<Index>(std::max(threads, 1), units));
     Scratch scratch(self.scratch_stride * threads);

@@ -168,7 +168,7 @@ struct Attention {
     explicit Attention(const AttentionCall& c)
         : call(c),
           scores(c.shape),
-          blocks((c.shape.queries + tile - 1) / tile),
+          blocks(divide_up(c.shape.queries, tile)),
           units(c.shape.batch * c.shape.heads * blocks),
           scratch(nullptr),
           scratch_stride(0) {
@@ -218,7 +218,7 @@ struct Attention {
         const Index kv_head = h / (s.heads / s.kv_heads), first_query = block * tile;
         pack(t, b, kv_head);
         const Visibility seen(s, b, first_query);
-        const Index vectors = (seen.queries + w - 1) / w, z_row = t.values.row;
+        const Index vectors = divide_up(seen.queries, w), z_row = t.values.row;
         const View& q = call.q;
         read_rows(t.rows, t.keys.row, q,
                   b * q.stride[0] + h * q.stride[1] + first_query * q.stride[2], q.stride[2],

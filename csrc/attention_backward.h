@@ -12,8 +12,8 @@
 // Key fix: with a = exp(s - lse) and E = exp(s' - lse), w = (a' - a)/(1 - a) = (E - a)/(E + 1 - a),
 // exact enough for every key but the row's top one, where 1 - a may vanish: there w = sigmoid(x') -
 // sigmoid(x) with x = s - loo_lse, against the mean of the others, dP - D_loo = (dP - D) + g . (z -
-// loo_z). More than 400 lines, since gradients and effects share each tile's work. Included once per instruction set, inside that set's namespace (isa_*.cpp): no include
-// guard.
+// loo_z). More than 400 lines, since gradients and effects share each tile's work. Included once
+// per instruction set, inside that set's namespace (isa_*.cpp): no include guard.
 
 template <typename R>
 struct AttentionBackward {
@@ -52,7 +52,7 @@ struct AttentionBackward {
           effects(c.effect_k != nullptr) {
         const AttentionShape& s = call.shape;
         group = s.heads / s.kv_heads;
-        blocks = (s.queries + tile - 1) / tile;
+        blocks = divide_up(s.queries, tile);
         direct_q = call.grad_q.dtype == wide_dtype<R> && s.head_dim % w == 0;
         direct_k = call.grad_k.dtype == wide_dtype<R> && s.head_dim % w == 0;
         direct_v = call.grad_v.dtype == wide_dtype<R> && s.value_dim % w == 0;
@@ -71,15 +71,15 @@ struct AttentionBackward {
         if (call.cotangents == 0) return;
         Index best = -1;
         for (Index n = 1; n <= call.cotangents; ++n) {
-            const Index size = (call.cotangents + n - 1) / n;
+            const Index size = divide_up(call.cotangents, n);
             if (size > most_cotangents) continue;
-            const Index cost = (pairs * n + threads - 1) / threads * (3 + per * size);
+            const Index cost = divide_up(pairs * n, threads) * (3 + per * size);
             if (best < 0 || cost < best) {
                 best = cost;
                 chunk = size;
             }
         }
-        chunks = (call.cotangents + chunk - 1) / chunk;
+        chunks = divide_up(call.cotangents, chunk);
     }
 
     Index carve(char* base, Thread* out) const {
@@ -208,7 +208,7 @@ struct AttentionBackward {
                    Index first_query) const {
         const AttentionShape& s = call.shape;
         const Visibility seen(s, b, first_query);
-        const Index queries = seen.queries, vectors = (queries + w - 1) / w;
+        const Index queries = seen.queries, vectors = divide_up(queries, w);
         const Index depth = round_up(s.head_dim, w), width = round_up(s.value_dim, w);
         const Index row = (b * s.heads + h) * s.queries + first_query;
 

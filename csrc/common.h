@@ -1,4 +1,4 @@
-// Types that every translation unit shares; plain C++17, no Python, no torch.
+// What every translation unit shares; plain C++17, no Python, no torch.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,9 @@
 namespace atp_fast {
 
 using Index = std::int64_t;
+
+constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
+constexpr Index round_up(Index n, Index step) { return divide_up(n, step) * step; }
 
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 

@@ -108,7 +108,7 @@ struct NodeEffects {
     // The summed axis has length 1: neurons. Strips along the innermost axis instead of rows.
     void strip_unit(Index unit, R* buffer) const {
         const int inner = call.dims - 1;
-        const Index length = call.size[inner], strips = (length + strip - 1) / strip;
+        const Index length = call.size[inner], strips = divide_up(length, strip);
         const Index line = unit / strips, first = unit % strips * strip;
         const Index count = std::min(strip, length - first);
         Index delta_at, grad_at;
@@ -171,8 +171,8 @@ void node_effects(const NodeEffectsCall& call, int threads) {
     if (self.rows == 0) return;
     self.join();
     const Index inner = self.call.size[self.call.dims - 1];
-    self.units = call.width == 1 ? self.rows / inner * ((inner + self.strip - 1) / self.strip)
-                                 : (self.rows + self.run - 1) / self.run;
+    self.units = call.width == 1 ? self.rows / inner * divide_up(inner, self.strip)
+                                 : divide_up(self.rows, self.run);
     self.scratch_stride =
         ((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
     threads = int(std::min<Index>(std::max(threads, 1), self.units));

@@ -123,7 +123,7 @@ struct Norm {
 template <typename R>
 void norm(const NormCall& call, int threads) {
     Norm<R> self{call, nullptr, 0};
-    const Index units = (self.rows() + rows_per_unit - 1) / rows_per_unit;
+    const Index units = divide_up(self.rows(), rows_per_unit);
     if (units == 0 || call.width == 0) return;
     self.scratch_stride = (4 * call.width * Index(sizeof(R)) + 63) / 64 * 64;
     threads = int(std::min<Index>(std::max(threads, 1), units));

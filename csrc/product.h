@@ -8,9 +8,6 @@
 constexpr int block_rows = 4;
 constexpr int block_vectors = ATP_FAST_REGISTERS == 32 ? 4 : 3;
 
-constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
-constexpr Index round_up(Index n, Index step) { return divide_up(n, step) * step; }
-
 // What of a block of rows has to be computed: vectors from `first` on, depth [begin, end).
 struct Range {
     Index first, begin, end;
