@@ -24,17 +24,17 @@ TABLE = torch.randn(1, 3, 4, dtype=torch.float64)
 
 
 def swap(x: Tensor) -> Tensor:
-    return x.view(2, 3, 2, 3).transpose(1, 2).transpose(-2, -1).reshape(2, 2, 9)
+    return x.view(-1, 3, 2, 3).transpose(1, 2).transpose(-2, -1).reshape(-1, 2, 9)
 
 
 def heads(x: Tensor) -> Tensor:
     q = rotate(
-        F.linear(x, W).view(2, 3, 2, 4).transpose(1, 2),
-        TABLE.expand(2, -1, -1),
-        TABLE.expand(2, -1, -1),
+        F.linear(x, W).view(-1, 3, 2, 4).transpose(1, 2),
+        TABLE.expand(len(x), -1, -1),
+        TABLE.expand(len(x), -1, -1),
         "cpp",
     )
-    return q.transpose(1, 2).reshape(2, 3, 8)
+    return q.transpose(1, 2).reshape(-1, 3, 8)
 
 
 def split(x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Cube(torch.autograd.Function):
 GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: F.linear(x, W, B),
     "own linear": lambda x: linear(x, W.t().contiguous(), B),
-    "addmm": lambda x: torch.addmm(B, x.view(-1, 6), W.t()).view(2, 3, 8),
+    "addmm": lambda x: torch.addmm(B, x.view(-1, 6), W.t()).view(-1, 3, 8),
     "scaled addmm": lambda x: torch.addmm(B, x.view(-1, 6), W.t(), alpha=2),
     "product of two": lambda x: x @ x.transpose(1, 2),
     "axes": swap,
@@ -90,8 +90,11 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled sum": lambda x: torch.add(x, x * x, alpha=3),
     "float32 between": lambda x: (x.float() * 2).double() + x,
     "complex rotation": lambda x: (
-        torch.view_as_real(torch.view_as_complex(x.view(2, 3, 3, 2)) * TURNS).flatten(2) * 2
+        torch.view_as_real(torch.view_as_complex(x.view(-1, 3, 3, 2)) * TURNS).flatten(2) * 2
     ),
+    "activations": lambda x: F.silu(x) + F.gelu(x) + x.relu() + x.tanh() + x.pow(3) + x**2,
+    "parts side by side": lambda x: torch.cat([x[..., :2] * 3, x[:, 1:2, :3].expand(-1, 3, 3)], -1),
+    "axes moved": lambda x: x.permute(1, 2, 0).exp().permute(2, 0, 1),
     "foreign function": lambda x: Cube.apply(3, x) + torch.softmax(x, -1),
 }
 
@@ -112,6 +115,23 @@ def test_it_is_autograds(name: str, count: int) -> None:
     (summed,) = walk([cotangents], [ahead.clone()])
     torch.testing.assert_close(summed, torch.stack(wanted) + ahead, rtol=1e-6, atol=1e-6)
     assert torch.equal(cotangents, before)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", sorted(GRAPHS.keys() - {"broadcast", "axes moved"}))
+def test_cotangents_of_the_first_rows_alone(name: str, count: int) -> None:
+    x = torch.randn(6, 3, 6, dtype=torch.float64, requires_grad=True)
+    out = GRAPHS[name](x)
+    rows = len(out) // 3
+    cotangents = torch.randn(count, rows, *out.shape[1:], dtype=torch.float64)
+    before = torch.randn(count, 2, *x.shape[1:], dtype=torch.float64)
+    whole = torch.cat([cotangents, cotangents.new_zeros(count, 2 * rows, *out.shape[1:])], 1)
+    wanted = torch.stack([torch.autograd.grad(out, x, c, retain_graph=True)[0] for c in whole])
+    assert not wanted[:, 2:].any()
+    (got,) = Adjoint([out], [x])([cotangents], [before.clone()])
+    torch.testing.assert_close(got, wanted[:, :2] + before, rtol=1e-6, atol=1e-6)
+    other = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(Adjoint([out], [other])([cotangents])[0], cotangents.new_zeros(count, 2, 5))
 
 
 def test_an_engine_sees_a_walk_that_is_not_autograds(monkeypatch: pytest.MonkeyPatch) -> None:

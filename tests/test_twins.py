@@ -14,11 +14,9 @@ import atp_fast.engine
 import zoo
 from atp_fast import Engine
 from atp_fast.attribution.memory import Budget, SweepSize, plan_sweep
-from atp_fast.attribution.twins import Given, Noting
 from atp_fast.hf.norms import find_norms
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.ops import Norm
-from atp_fast.ops.functions import norm
 
 NORMS = {
     "gpt2": (2, Norm(1e-5, centred=True)),
@@ -146,20 +144,30 @@ def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(ours, found[1][kind], rtol=2e-4, atol=2e-6)
 
 
-def test_another_order_of_calls_is_noticed() -> None:
-    x, weight = torch.randn(4, 3), torch.ones(3)
-    with torch.no_grad(), Noting() as noting:
-        norm(x, weight, None, Norm(1e-5), "reference")
-    half, short = x[:2].clone().requires_grad_(), x[:1].clone().requires_grad_()
-    message = "a layer called .* where it had not before"
-    with pytest.raises(RuntimeError, match=message), Given(noting.noted):
-        torch.nn.functional.linear(half, weight[None])
-    with pytest.raises(RuntimeError, match=message), Given(noting.noted):
-        norm(short, weight, None, Norm(1e-5), "reference")
-    with Given(noting.noted):
-        assert torch.equal(
-            norm(half, weight, None, Norm(1e-5), "reference"), noting.noted[0][1][0][:2]
-        )
+class Moved(nn.Module):
+    """silu on rows that are not ahead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x.permute(1, 0, 2)).permute(1, 0, 2)
+
+
+def test_a_layer_whose_rows_are_moved_runs_prompts_apart() -> None:
+    model = zoo.build("llama", torch.float32)
+    pairs, engine = zoo.mixed_pairs(model, "left"), Engine(model, "cpp")
+    right = engine.attribute(pairs, progress=False).contribution
+    assert all(layer.together for layer in engine.plug.layers)
+    model.model.layers[1].mlp.act_fn = Moved().eval()
+    engine = Engine(model, "cpp")
+    assert [layer.together for layer in engine.plug.layers] == [True, False, True]
+    found = engine.attribute(pairs, progress=False).contribution
+    for kind, ours in found.items():
+        torch.testing.assert_close(ours, right[kind], rtol=2e-4, atol=2e-6)
+
+
+def test_experts_run_prompts_apart() -> None:
+    """A token's rows are sorted among all tokens'."""
+    engine = Engine(zoo.build("mixtral"))
+    assert not any(layer.together for layer in engine.plug.layers)
 
 
 def test_prompts_run_together_where_starts_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,15 @@
 Every gradient has a leading axis of cotangents. Steps that layers are made of have a rule here; functions of our own bring
 theirs, a static method `cotangents` beside `backward`; any other step is autograd's own, under torch.func.vmap. Sums of
 gradients are formed by the products and kernels themselves where those can add.
+
+Cotangents may be those of the first rows of the batch alone, one part of several: then every gradient has the first part of the
+axis behind the cotangents'. This holds where each row of a layer's input goes into the same row, or group of rows, of all that
+it computes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +32,7 @@ class Adjoint:
         self._roots = [_edge(x) for x in outputs]
         self._wanted = [_edge(x) for x in wanted]
         self._zeros = [(x.shape, x.dtype, x.device) for x in wanted]
+        self._rows = outputs[0].shape[0]
         self._steps = _order([node for node, _ in self._roots], {node for node, _ in self._wanted})
 
     def __call__(
@@ -34,10 +40,10 @@ class Adjoint:
     ) -> list[Tensor]:
         """Gradients of sum(cotangent * output) by `wanted`, (C, *shape) each.
 
-        cotangents: (C, *shape) per output; ahead: what has arrived at the first of `wanted` on other ways. It is added,
-        and may be overwritten.
+        cotangents: (C, *shape) per output, of the batch's first rows at least; ahead: what has arrived at the first of
+        `wanted` on other ways. It is added, and may be overwritten.
         """
-        sums = _Sums()
+        sums, parts = _Sums(), self._rows // cotangents[0].shape[1]
         with torch.no_grad():
             for edge, given in zip(self._roots, cotangents, strict=True):
                 sums.add(edge, given, own=False)
@@ -52,12 +58,12 @@ class Adjoint:
                     if edge in wanted and sums.has(edge):
                         found[edge] = sums.kept(edge)
                 if inner:
-                    _step(node, [sums.take(edge) for edge in edges], sums)
+                    _step(node, [sums.take(edge) for edge in edges], sums, parts)
         count = len(cotangents[0])
         return [
             found[edge]
             if edge in found
-            else torch.zeros((count, *shape), dtype=dtype, device=device)
+            else torch.zeros((count, *_part(shape, parts)), dtype=dtype, device=device)
             for edge, (shape, dtype, device) in zip(self._wanted, self._zeros, strict=True)
         ]
 
@@ -132,7 +138,19 @@ class _Sums:
         return value
 
 
-def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
+def _part(shape: Sequence[int], parts: int) -> tuple[int, ...]:
+    """The shape of what so many parts of the batch have of a tensor in the graph."""
+    return tuple(shape) if parts == 1 else (shape[0] // parts, *shape[1:])
+
+
+def _rows(saved: Tensor, grad: Tensor) -> Tensor:
+    """The rows of a step's tensor that a gradient of its output has; it may broadcast."""
+    if saved.ndim == grad.ndim - 1 and saved.shape[0] > grad.shape[1]:
+        return saved[: grad.shape[1]]
+    return saved
+
+
+def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums, parts: int) -> None:
     """Take the gradients of a step's outputs to its inputs."""
     if all(grad is None for grad, _ in grads):
         return
@@ -140,12 +158,12 @@ def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
     rule = _RULES.get(node.name())
     if rule is not None and not _is_complex(node):
         grad, own = grads[0]
-        parts = rule(node, grad, own) if len(grads) == 1 else None
-        if parts is not None:
+        found = rule(node, grad, own) if len(grads) == 1 else None
+        if found is not None:
             exact = node.name() not in _BROADCAST
-            for target, (part, mine) in zip(targets, parts, strict=False):
+            for target, (part, mine) in zip(targets, found, strict=False):
                 if target[0] is not None and part is not None:
-                    sums.add(target, part if exact else _fitted(part, target), mine)
+                    sums.add(target, part if exact else _fitted(part, target, parts), mine)
             return
     plain = [g.alone() if isinstance(g, Pending) else g for g, _ in grads]
     own_rule = getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
@@ -159,9 +177,9 @@ def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums) -> None:
     if node.name() == "SplitBackward0" and len(given) == len(plain):
         sums.add(targets[0], torch.cat(given, _axis(node._saved_dim, given[0])), True)
         return
-    for target, part in zip(targets, _by_autograd(node, plain), strict=True):
+    for target, part in zip(targets, _by_autograd(node, plain, parts), strict=True):
         if target[0] is not None and part is not None:
-            sums.add(target, _fitted(part, target), False)
+            sums.add(target, _fitted(part, target, parts), False)
 
 
 def _is_complex(node: Any) -> bool:
@@ -170,11 +188,11 @@ def _is_complex(node: Any) -> bool:
     return any(n is not None and n._input_metadata[i].dtype.is_complex for n, i in nodes)
 
 
-def _fitted(part: Tensor | Pending, target: Edge) -> Tensor | Pending:
+def _fitted(part: Tensor | Pending, target: Edge, parts: int) -> Tensor | Pending:
     """Summed over the axes along which autograd broadcast, in the dtype of what it is the gradient of."""
     node, number = target
     meta = node._input_metadata[number]
-    shape = tuple(meta.shape)
+    shape = _part(meta.shape, parts)
     if tuple(part.shape[1:]) == shape and part.dtype == meta.dtype:
         return part
     if isinstance(part, Pending):
@@ -188,9 +206,11 @@ def _fitted(part: Tensor | Pending, target: Edge) -> Tensor | Pending:
     return part.to(meta.dtype)
 
 
-def _by_autograd(node: Any, grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The step's own backward pass for each cotangent."""
+def _by_autograd(node: Any, grads: list[Tensor | None], parts: int) -> list[Tensor | None]:
+    """The step's own backward pass for each cotangent, of whole batches: zeros for the rows that have no gradients."""
     present: list[bool] = []
+    if parts > 1:
+        grads = [g if g is None else _whole(g, parts) for g in grads]
 
     def backward(*given: Tensor) -> tuple[Tensor, ...]:
         parts = iter(given)
@@ -209,8 +229,14 @@ def _by_autograd(node: Any, grads: list[Tensor | None]) -> list[Tensor | None]:
         results = [g[None] for g in backward(*(g[0] for g in given))]
     else:
         results = list(torch.func.vmap(backward)(*given))
-    rest = iter(results)
+    rest = iter(r if parts == 1 else r[:, : r.shape[1] // parts] for r in results)
     return [next(rest) if there else None for there in present]
+
+
+def _whole(grad: Tensor, parts: int) -> Tensor:
+    """A gradient of the first part of the batch as one of all, whose other rows are zero."""
+    count, rows = grad.shape[:2]
+    return torch.cat([grad, grad.new_zeros((count, (parts - 1) * rows, *grad.shape[2:]))], 1)
 
 
 # ---- rules: (step, gradient of its only output, whether that is nobody else's) -> per input (gradient, the same)
@@ -239,14 +265,16 @@ def _multiply(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     wide = grad.alone() if isinstance(grad, Pending) else grad
     first, second = (n is not None for n, _ in node.next_functions)
     return [
-        (wide * node._saved_other if first else None, True),
-        (wide * node._saved_self if second else None, True),
+        (wide * _rows(node._saved_other, wide) if first else None, True),
+        (wide * _rows(node._saved_self, wide) if second else None, True),
     ]
 
 
 def _reshape(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     target, number = node.next_functions[0]
-    shape = (grad.shape[0], *target._input_metadata[number].shape)
+    whole = target._input_metadata[number].shape
+    rows = math.prod(grad.shape[1:]) // max(1, math.prod(whole[1:]))
+    shape = (grad.shape[0], rows, *whole[1:])
     if isinstance(grad, Pending) and grad.shape[-1] == shape[-1]:
         return [(grad.reshaped(shape), True)]
     plain = grad.alone() if isinstance(grad, Pending) else grad
@@ -287,14 +315,34 @@ def _addmm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
 
 def _gelu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = grad.alone() if isinstance(grad, Pending) else grad
-    x = node._saved_self.expand_as(plain)
+    x = _rows(node._saved_self, plain).expand_as(plain)
     approximate = node._saved_approximate
     return [(torch.ops.aten.gelu_backward(plain, x, approximate=approximate), True)]
 
 
 def _silu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = grad.alone() if isinstance(grad, Pending) else grad
-    return [(torch.ops.aten.silu_backward(plain, node._saved_self.expand_as(plain)), True)]
+    return [
+        (torch.ops.aten.silu_backward(plain, _rows(node._saved_self, plain).expand_as(plain)), True)
+    ]
+
+
+def _relu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    result = _rows(node._saved_result, plain).expand_as(plain)
+    return [(torch.ops.aten.threshold_backward(plain, result, 0), True)]
+
+
+def _tanh(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    result = _rows(node._saved_result, plain).expand_as(plain)
+    return [(torch.ops.aten.tanh_backward(plain, result), True)]
+
+
+def _power(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
+    plain = grad.alone() if isinstance(grad, Pending) else grad
+    x, exponent = _rows(node._saved_self, plain), node._saved_exponent
+    return [(plain * (exponent * x.pow(exponent - 1)), True)]
 
 
 # steps whose inputs may have another shape or dtype than their output
@@ -316,4 +364,7 @@ _RULES: dict[str, _Rule] = {
     "AddmmBackward0": _addmm,
     "GeluBackward0": _gelu,
     "SiluBackward0": _silu,
+    "ReluBackward0": _relu,
+    "TanhBackward0": _tanh,
+    "PowBackward0": _power,
 }

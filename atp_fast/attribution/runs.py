@@ -21,7 +21,6 @@ from torch import Tensor
 from atp_fast.attribution.batch import Batch, Entered, enter_pairs, extent
 from atp_fast.attribution.memory import SweepPlan
 from atp_fast.attribution.tape import LayerTape, Values, keeper
-from atp_fast.attribution.twins import Twins, run_twins
 from atp_fast.attribution.waiting import Each, Parcel, Waiting
 from atp_fast.hf import FiniteCheck, LayerArguments, LayerRun, Plug, Prefix, check_finite
 from atp_fast.metrics import Metric
@@ -203,10 +202,8 @@ def run_in_steps(
         if runs.prefix is not None:
             runs.prefix.run_layer(number)
         if plan is not None and number >= plan.taped_from:
-            layer = plug.layers[number]
-            # not experts, to whom others' tokens go, and not layers of another kind than attention
-            plain = layer.down is not None and layer.attention is not None
-            tape = _tape_together if plan.together and plain else _tape_apart
+            together = plan.together and plug.layers[number].together
+            tape = _tape_together if together else _tape_apart
             output = tape(plug, runs, number, kinds, plan, doubled[number])
         else:
             output = _run_layer(plug, runs, number, kinds if keep_values else None, doubled[number])
@@ -261,17 +258,12 @@ def _tape_together(
     doubled: LayerArguments,
 ) -> Tensor:
     """_tape_apart, by one forward of both inputs."""
-    values: Values = {}
-    visit = keeper(values, (*kinds, *ATTENTION_KINDS))
-    prefix = _twice(runs.prefixes[number])
-    run = LayerRun(plug.backend, visit, prefix, tuple(kinds), statistics=runs.statistics)
     (both,) = runs.inputs[number]
-    twins = run_twins(plug, number, both.take(), doubled, run)
-    tape = taped(plug, runs, number, kinds, plan.precision, twins)
-    kept = {kind: value[len(tape.x) :] for kind, value in values.items()}
-    kept["resid_pre"] = runs.corrupted[number]
-    runs.tapes[number] = tape, runs.aligned(plug, number, kept)
-    return twins.out
+    prefix, rows = _twice(runs.prefixes[number]), len(runs.pairs)
+    how = plan.precision, runs.statistics, rows
+    tape = LayerTape(plug, number, both.take(), doubled, prefix, kinds, *how)
+    runs.tapes[number] = tape, runs.aligned(plug, number, tape.corrupted())
+    return tape.out.detach()
 
 
 def are_finite(runs: PairRuns) -> bool:
@@ -362,11 +354,10 @@ def taped(
     number: int,
     kinds: Sequence[str],
     precision: str | None = None,
-    twins: Twins | None = None,
 ) -> LayerTape:
     """A tape of one layer of the clean run."""
     x, arguments, prefix = runs.clean[number], runs.arguments[number], runs.prefixes[number]
-    return LayerTape(plug, number, x, arguments, prefix, kinds, precision, runs.statistics, twins)
+    return LayerTape(plug, number, x, arguments, prefix, kinds, precision, runs.statistics)
 
 
 def corrupted_values(

@@ -316,14 +316,11 @@ class _Layer:
             inputs.append(tape.from_attention(by_kind, grads[-1]))
 
     def _through_attention(self, grad_z: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        run, backend = self.tape.run, self.plug.backend
-        assert run.q is not None and run.k is not None and run.v is not None
-        assert run.stats is not None and run.options is not None
-        q, k, v = run.q.detach(), run.k.detach(), run.v.detach()
+        options, backend = self.tape.run.options, self.plug.backend
+        assert options is not None
+        q, k, v, stats = self.tape.attention()
         if not key_fixed(self.method, self.kinds):
-            grads = run.options.attention_vjp(
-                q, k, v, stats=run.stats, grad_z=grad_z, backend=backend
-            )
+            grads = options.attention_vjp(q, k, v, stats=stats, grad_z=grad_z, backend=backend)
             if "q" in self.kinds:
                 self._first_order("q", grads[0], first)
             if "k" in self.kinds:
@@ -332,13 +329,13 @@ class _Layer:
         k_corrupted = self.corrupted["k"]
         if self.prefix is not None:
             k_corrupted = torch.cat([self.prefix.k, k_corrupted], 2)
-        found = run.options.attention_vjp_effects(
+        found = options.attention_vjp_effects(
             q,
             k,
             v,
             q_corrupted=self.corrupted["q"],
             k_corrupted=k_corrupted,
-            stats=run.stats,
+            stats=stats,
             grad_z=grad_z,
             backend=backend,
         )
@@ -353,7 +350,7 @@ class _Layer:
         and of the dictionaries that stand there, as far as they are scored."""
         if not self._looked_at(kind):
             return
-        clean, corrupted = self.tape.values[kind].detach(), self.corrupted[kind]
+        clean, corrupted = self.tape.clean(kind), self.corrupted[kind]
         self.features.add(
             (self.number, kind), grad, first, clean, corrupted, self.chunk, self.added
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from atp_fast import ops
 from atp_fast.attribution.adjoint import Adjoint
 from atp_fast.attribution.precision import NarrowCotangents
-from atp_fast.attribution.twins import Given, Twins
 from atp_fast.hf import LayerArguments, LayerRun, Plug, Prefix, Visit
 from atp_fast.nodes import ATTENTION_KINDS
 
@@ -29,10 +29,11 @@ def keeper(values: Values, kinds: Sequence[str]) -> Visit:
 
 
 class LayerTape:
-    """One layer run on its clean input under autograd.
+    """One layer run on its clean input under autograd, and on the corrupted one behind it in the same batch if wanted.
 
-    values: node values on the graph, as `runs.corrupted_values` gives them off it. The attention's output z is a fresh leaf, so
-    the layer falls into two graphs, from its input to q, k, v and from z and its input to its output.
+    x, out, values: the layer's input, output and node values on the graph, of all rows; `clean` and `corrupted` give either
+    prompt's off it. The attention's output z is a fresh leaf, so the layer falls into two graphs, from its input to q, k, v and
+    from z and its input to its output. Cotangents are those of the clean rows alone.
     """
 
     def __init__(
@@ -45,23 +46,37 @@ class LayerTape:
         kinds: Sequence[str],
         precision: str | None = None,
         statistics: bool = False,
-        twins: Twins | None = None,
+        rows: int | None = None,
     ) -> None:
-        """precision: "bf16" to take cotangents through the layer's linear maps in bfloat16; statistics: attention notes
-        those of the key fix; twins: the layer's run on this and another prompt in one batch, whose results are taken."""
-        self.x = x.detach().requires_grad_()
+        """x: (rows, positions, hidden), the corrupted prompts' behind the clean ones; precision: "bf16" to take cotangents
+        through the layer's linear maps in bfloat16; statistics: attention notes those of the key fix; rows: of the clean
+        prompts, None where all are."""
+        self.x, self._rows = x.detach().requires_grad_(), len(x) if rows is None else rows
         self.values: Values = {"resid_pre": self.x}
         visit = keeper(self.values, (*kinds, *ATTENTION_KINDS))
         self.run = LayerRun(
             plug.backend, visit, prefix, tuple(kinds), statistics=statistics, cut=True
         )
-        mode: AbstractContextManager[object] = nullcontext()
-        if twins is not None:
-            self.run.given, mode = twins.attention(len(x)), Given(twins.noted)
-        elif precision == "bf16":
-            mode = NarrowCotangents()
-        with torch.enable_grad(), mode:
+        narrow = NarrowCotangents() if precision == "bf16" else nullcontext()
+        with torch.enable_grad(), narrow:
             self.out = plug.run_layer(number, self.x, arguments, self.run)
+
+    def clean(self, kind: str) -> Tensor:
+        """Node values of the clean prompts."""
+        return self.values[kind].detach()[: self._rows]
+
+    def corrupted(self) -> Values:
+        """Node values of the prompts behind, as `runs.corrupted_values` gives them."""
+        return {kind: value.detach()[self._rows :] for kind, value in self.values.items()}
+
+    def attention(self) -> tuple[Tensor, Tensor, Tensor, ops.AttentionStats]:
+        """q, and k, v and the statistics with the prefix ahead, of the clean prompts."""
+        run = self.run
+        assert (
+            run.q is not None and run.k is not None and run.v is not None and run.stats is not None
+        )
+        q, k, v = (x.detach()[: self._rows] for x in (run.q, run.k, run.v))
+        return q, k, v, run.stats.rows(self._rows)
 
     def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the layer's output by `wanted`, the attention's output taken as given."""
@@ -77,25 +92,59 @@ class LayerTape:
 def check_walk(plug: Plug) -> None:
     """NotImplementedError where cotangents that walk a layer's graph end in other gradients than autograd's own pass.
 
-    Every kind of layer is tried once, on a few tokens.
+    Every kind of layer is tried once, on a few tokens. It also turns out which of them may have the corrupted prompts behind
+    the clean ones on their tapes: those in which either's rows stay by themselves.
     """
-    tried = set(plug.first_of_each_kind)
-    generator = torch.Generator().manual_seed(0)
+    alike = {numbers[0]: numbers for numbers in plug.alike}
     with plug.plugged():
-        x, arguments = plug.enter(plug.short_prompt())
-        for number in range(max(tried) + 1):
-            if number not in tried:
+        ids = plug.short_prompt()
+        x, arguments = plug.enter(ids)
+        four = plug.enter(ids.repeat(4, 1))[1]
+        for number in range(max(alike) + 1):
+            if number not in alike:
                 with torch.no_grad():
                     x = plug.run_layer(number, x, arguments[number], LayerRun(plug.backend))
                 continue
-            tape = LayerTape(plug, number, plug.moved(x, number), arguments[number], None, ())
-            run = tape.run
+            x = plug.moved(x, number)
+            tape = LayerTape(plug, number, x, arguments[number], None, ())
             _check_alike(plug, tape.out.detach(), f"outputs of layer {number}")
-            _compare(plug, number, [tape.out], [*_present(run.z), tape.x], generator)
-            # heads of its own have cotangents of their own
-            heads = torch.Generator().manual_seed(1 + plug.shares.part("q"))
-            _compare(plug, number, _present(run.q, run.k, run.v), [tape.x], heads)
+            if (worst := plug.shares.largest(_worst(plug, number, tape, 1))) != 0:
+                raise NotImplementedError(
+                    f"{plug.name} is not served: cotangents through layer {number} differ from autograd's by {worst:.1e} of "
+                    "the largest"
+                )
+            layer = plug.layers[number]
+            # not experts, to whom others' tokens go, and not layers of another kind than attention
+            together = layer.down is not None and layer.attention is not None
+            if together:
+                rows = torch.cat([x, x.flip(1), x.roll(1, 1), -x])
+                together = not plug.shares.largest(_apart(plug, number, rows, four[number]))
+            for other in alike[number]:
+                plug.layers[other].together = together
             x = tape.out.detach()
+
+
+def _apart(plug: Plug, number: int, rows: Tensor, arguments: LayerArguments) -> bool:
+    """Whether half of a batch on a layer's tape cannot have cotangents of its own."""
+    try:
+        tape = LayerTape(plug, number, rows, arguments, None, ())
+        return _worst(plug, number, tape, len(rows) // 2) != 0
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # shapes that have no rows ahead
+        return True
+
+
+def _worst(plug: Plug, number: int, tape: LayerTape, rows: int) -> float:
+    """The largest error of gradients that the walk finds, as a share of the largest gradient; 0 within the tolerance."""
+    run, plain = tape.run, torch.Generator().manual_seed(0)
+    # heads of its own have cotangents of their own
+    heads = torch.Generator().manual_seed(1 + plug.shares.part("q"))
+    return max(
+        _compare(plug, number, rows, [tape.out], [*_present(run.z), tape.x], plain),
+        _compare(plug, number, rows, _present(run.q, run.k, run.v), [tape.x], heads),
+        key=lambda x: (x != x, x),
+    )
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
@@ -105,27 +154,29 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 def _compare(
     plug: Plug,
     number: int,
+    rows: int,
     outputs: Sequence[Tensor],
     wanted: Sequence[Tensor],
     generator: torch.Generator,
-) -> None:
+) -> float:
+    """_worst of the walk from `outputs` to `wanted`, for cotangents of the first rows."""
     outputs = [x for x in outputs if x.requires_grad]
     if not outputs:
-        return
-    cotangents = [torch.randn((2, *x.shape), generator=generator).to(x) for x in outputs]
-    first, worst = [c[0] for c in cotangents], 0.0
+        return 0.0
+    cotangents = [torch.randn((2, rows, *x.shape[1:]), generator=generator).to(x) for x in outputs]
+    whole = [torch.zeros_like(x) for x in outputs]
+    for zeros, cotangent in zip(whole, cotangents, strict=True):
+        zeros[:rows] = cotangent[0]
     own = torch.autograd.grad(
-        outputs, wanted, first, retain_graph=True, allow_unused=True, materialize_grads=True
+        outputs, wanted, whole, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+    worst = 0.0
     for ours, right in zip(Adjoint(outputs, wanted)(cotangents), own, strict=True):
-        error = plug.error(ours[0], right)
+        error = plug.error(ours[0], right[:rows])
         if bool(right.any()) and not error <= plug.tolerance(right):
             worst = max(worst, error, key=lambda x: (x != x, x))
-    if (worst := plug.shares.largest(worst)) != 0:
-        raise NotImplementedError(
-            f"{plug.name} is not served: cotangents through layer {number} differ from autograd's by {worst:.1e} of the largest"
-        )
     _check_alike(plug, own[-1], f"gradients by layer {number}'s input")
+    return worst
 
 
 def _check_alike(plug: Plug, x: Tensor, what: str) -> None:

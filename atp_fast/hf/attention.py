@@ -61,7 +61,6 @@ class LayerRun:
 
     statistics: those of the key fix are noted; cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k
     and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row;
-    given: z and the statistics, where they are known.
     """
 
     backend: str = "auto"
@@ -71,7 +70,6 @@ class LayerRun:
     statistics: bool = False
     cut: bool = False
     stop: bool = False
-    given: tuple[Tensor, ops.AttentionStats] | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -98,7 +96,7 @@ class LayerRun:
         if self.stop:
             self.k, self.v = k, v
             raise Stopped
-        z, stats = self.given or options.attention(
+        z, stats = options.attention(
             q.detach(), k.detach(), v.detach(), statistics=self.statistics, backend=self.backend
         )
         if self.cut:

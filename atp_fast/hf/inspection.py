@@ -42,6 +42,9 @@ class Layer:
     activations: Sequence[nn.Module] = ()
     norms: Sequence[FoundNorm] = ()
     rotations: Sequence[ModuleType] = ()
+    together: bool = (
+        False  # clean and corrupted prompts may share a tape (attribution.tape.check_walk)
+    )
 
 
 @dataclass

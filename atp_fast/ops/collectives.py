@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 class Group:
@@ -69,27 +68,20 @@ class _Entered(torch.autograd.Function):
 
 
 def left(x: Tensor, group: Group) -> Tensor:
-    """The sum of every process's x. As with torch's functions, a TorchFunctionMode sees the call."""
-    if has_torch_function((x,)):
-        return handle_torch_function(left, (x,), x, group)
+    """The sum of every process's x."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _Left.apply(x, group, None)  # type: ignore[no-untyped-call,no-any-return]
+        return _Left.apply(x, group)  # type: ignore[no-untyped-call,no-any-return]
     return group.sum(x)
-
-
-def given_left(value: Tensor, x: Tensor, group: Group) -> Tensor:
-    """`left`, whose result is known."""
-    return _Left.apply(x, group, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Left(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, given: Tensor | None) -> Tensor:
-        return group.sum(x) if given is None else given
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return group.sum(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def joined(x: Tensor, group: Group) -> Tensor:

@@ -1,4 +1,7 @@
-"""norm and rotate as differentiable functions, with adjoints of many cotangents for attribution.adjoint."""
+"""norm and rotate as differentiable functions, with adjoints of many cotangents for attribution.adjoint.
+
+Cotangents may be those of the first rows of the batch alone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from atp_fast import ops
 from atp_fast.ops.pending import Pending
@@ -14,25 +16,13 @@ from atp_fast.ops.reference import Norm
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, how: Norm, backend: str) -> Tensor:
-    """`ops.norm`, differentiable by x. As with torch's functions, a TorchFunctionMode sees the call."""
+    """`ops.norm`, differentiable by x."""
     if x.ndim == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
         # heads side by side in memory: so are the gradients then
         return norm(x.transpose(1, 2), weight, bias, how, backend).transpose(1, 2)
-    if has_torch_function((x,)):
-        return handle_torch_function(norm, (x,), x, weight, bias, how, backend)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Norm.apply(x, weight, bias, how, backend, None)  # type: ignore[no-untyped-call,no-any-return]
+        return _Norm.apply(x, weight, bias, how, backend)  # type: ignore[no-untyped-call,no-any-return]
     return ops.norm(x, weight, bias, how=how, backend=backend)[0]
-
-
-Normed = tuple[Tensor, Tensor | None, Tensor]
-
-
-def given_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, how: Norm, backend: str, *, given: Normed
-) -> Tensor:
-    """`norm`, whose result (y, mean, rstd) is known."""
-    return _Norm.apply(x, weight, bias, how, backend, given)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Norm(torch.autograd.Function):
@@ -44,21 +34,22 @@ class _Norm(torch.autograd.Function):
         bias: Tensor | None,
         how: Norm,
         backend: str,
-        given: Normed | None,
     ) -> Tensor:
-        y, mean, rstd = given or ops.norm(x, weight, bias, how=how, backend=backend)
+        y, mean, rstd = ops.norm(x, weight, bias, how=how, backend=backend)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.how, ctx.backend = how, backend
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (pending,) = _Norm.cotangents(ctx, grad[None])
-        return pending.alone()[0], None, None, None, None, None
+        return pending.alone()[0], None, None, None, None
 
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Pending]:
         x, weight, mean, rstd = ctx.saved_tensors
+        rows = grad.shape[1]
+        x, rstd, mean = x[:rows], rstd[:rows], None if mean is None else mean[:rows]
 
         def compute(before: Tensor | None, own: bool) -> Tensor:
             return ops.norm_vjp(
@@ -76,31 +67,23 @@ class _Norm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
-    """`ops.rotate`, differentiable by x. As with torch's functions, a TorchFunctionMode sees the call."""
-    if has_torch_function((x,)):
-        return handle_torch_function(rotate, (x,), x, cos, sin, backend)
+    """`ops.rotate`, differentiable by x."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _Rotate.apply(x, cos, sin, backend, None)  # type: ignore[no-untyped-call,no-any-return]
+        return _Rotate.apply(x, cos, sin, backend)  # type: ignore[no-untyped-call,no-any-return]
     return ops.rotate(x, cos, sin, backend=backend)
-
-
-def given_rotation(value: Tensor, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
-    """`rotate`, whose result is known."""
-    return _Rotate.apply(x, cos, sin, backend, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, backend: str, given: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
         ctx.cos, ctx.sin, ctx.backend = cos, sin, backend  # every layer's: no memory of this one's
-        return ops.rotate(x, cos, sin, backend=backend) if given is None else given
+        return ops.rotate(x, cos, sin, backend=backend)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _Rotate.cotangents(ctx, grad[None])[0][0], None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Rotate.cotangents(ctx, grad[None])[0][0], None, None, None
 
     @staticmethod
     def cotangents(ctx: Any, grad: Tensor) -> list[Tensor]:
-        return [ops.rotate(grad, ctx.cos, ctx.sin, adjoint=True, backend=ctx.backend)]
+        cos, sin = (x[: grad.shape[1]] for x in (ctx.cos, ctx.sin))
+        return [ops.rotate(grad, cos, sin, adjoint=True, backend=ctx.backend)]
