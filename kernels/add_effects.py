@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides, too_few
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, power_of_2, run, strides, too_few
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
@@ -202,8 +202,8 @@ def default_blocks(width: int, dim: int, cotangents: int) -> Blocks:
 
     From four cotangents on, the next three of a pair are on their way while one is summed.
     """
-    block_d = min(triton.next_power_of_2(max(dim, 1)), _MAX_BLOCK_D)
-    block_w = min(triton.next_power_of_2(max(width, 1)), _TILE // block_d)
+    block_d = min(power_of_2(dim), _MAX_BLOCK_D)
+    block_w = min(power_of_2(width), _TILE // block_d)
     tile = block_w * block_d
     warps = 8 if tile > 1024 else 4 if tile > 512 else 1
     return Blocks(block_w, block_d, 1, warps, 4 if cotangents >= 4 else 1)

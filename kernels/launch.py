@@ -103,14 +103,19 @@ def check_dims(q: Tensor, v: Tensor) -> None:
             )
 
 
-def padded(dim: int) -> int:
-    """The tile width that holds dim columns: a power of two that a matrix instruction accepts."""
-    return max(16, 1 << max(dim - 1, 0).bit_length())
-
-
 def cdiv(x: int, y: int) -> int:
     """x / y rounded up; triton.cdiv takes microseconds outside a kernel."""
     return -(-x // y)
+
+
+def power_of_2(x: int) -> int:
+    """The least power of two from x on, 1 for none; triton.next_power_of_2 takes microseconds outside a kernel."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """The tile width that holds dim columns: a power of two that a matrix instruction accepts."""
+    return max(16, power_of_2(dim))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -127,7 +132,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     """x's strides as kernel arguments: strides("q", q, "bhmd") names them stride_qb to stride_qd."""
-    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate(axes)}
+    return dict(zip(_stride_names(name, axes), x.stride(), strict=True))
+
+
+@functools.cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"stride_{name}{axis}" for axis in axes)
 
 
 def window_of(scoring: Scoring, sizes: Sizes) -> int | None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, power_of_2, run
 from atp_fast.kernels.tiles import load_rows
 
 _MAX_BLOCK_D = 1024
@@ -113,7 +113,7 @@ def joined_axes(delta: Tensor, grad: Tensor) -> list[tuple[int, int, int]]:
 
 def default_blocks(head_dim: int) -> Blocks:
     """A tile of 4096 elements, whole vectors up to 1024 wide: nothing for an autotuner to choose."""
-    block_d = min(triton.next_power_of_2(max(head_dim, 1)), _MAX_BLOCK_D)
+    block_d = min(power_of_2(head_dim), _MAX_BLOCK_D)
     return Blocks(_TILE // block_d, block_d, 1, 4, 1)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, power_of_2, run
 
 MAX_WIDTH = 16384
 _TILE = 2048
@@ -154,7 +154,7 @@ def _norm_vjp_kernel(
 
 def default_blocks(width: int) -> Blocks:
     """Whole rows, as many as make a tile of 2048 elements: nothing for an autotuner to choose."""
-    block = triton.next_power_of_2(max(width, 1))
+    block = power_of_2(width)
     return Blocks(max(_TILE // block, 1), block, 1, 4 if block <= 4096 else 8, 1)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, run, strides
+from atp_fast.kernels.launch import Blocks, cdiv, check_dtype, power_of_2, run, strides
 
 _TILE = 2048
 
@@ -103,7 +103,7 @@ def _rotate_kernel(
 
 def default_blocks(half: int, rest: int = 0) -> Blocks:
     """A tile of 2048 elements of either half, and of the rest at most as many: nothing for an autotuner to choose."""
-    block, beside = (triton.next_power_of_2(max(columns, 1)) for columns in (half, rest))
+    block, beside = (power_of_2(columns) for columns in (half, rest))
     return Blocks(max(_TILE // max(block, beside), 1), block, 1, 4, 1)
 
 
@@ -140,7 +140,7 @@ def launch_rotate(
         "V_DIM": head_dim,
         "ADJOINT": adjoint,
         "ROUNDED": x.element_size() == 2,
-        "BLOCK_REST": triton.next_power_of_2(max(rest, 1)),
+        "BLOCK_REST": power_of_2(rest),
     }
     run(
         _rotate_kernel,

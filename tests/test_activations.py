@@ -1,5 +1,7 @@
 """Spelled-out activations run as torch's fused ones: the same values, and the model's own code afterwards."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,15 @@ from transformers.activations import ACT2CLS
 import zoo
 from atp_fast.engine import Engine
 from atp_fast.hf.activations import find_activations, fused
+from atp_fast.hf.attention import LayerRun, running
+
+
+@pytest.fixture(autouse=True)
+def running_layer() -> Iterator[None]:
+    token = running.set(LayerRun())
+    yield
+    running.reset(token)
+
 
 SPELLED_OUT = ["gelu_new", "gelu_accurate"]
 
@@ -51,6 +62,16 @@ def test_what_another_has_switched_stays() -> None:
     with fused(find_activations(layer)):
         assert layer[1](torch.zeros(2)).tolist() == [1, 1]
     assert layer[1].forward is theirs
+
+
+def test_nothing_is_fused_where_no_layer_runs() -> None:
+    """As where the model's own eager layers are compared with."""
+    layer = layer_with("gelu_new")
+    x = torch.linspace(-6, 6, 11, requires_grad=True)
+    token = running.set(None)
+    with fused(find_activations(layer)):
+        assert "Gelu" not in type(layer[1](x).grad_fn).__name__
+    running.reset(token)
 
 
 def test_own_code_is_back_after_an_error() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp_fast import ops
+from atp_fast.hf.attention import LayerRun, running
 from atp_fast.hf.norms import find_norms, own_norms
 from atp_fast.ops import Norm, reference, triton
 from test_add_effects import BACKENDS, DTYPES
@@ -147,5 +148,8 @@ def test_a_norm_with_a_gate_keeps_its_own_code_where_it_is_given() -> None:
     assert not torch.allclose(wanted[0], wanted[1])
     with own_norms([found], "cpp"):
         assert "forward" in vars(module)
+        assert torch.equal(module(x), wanted[0])  # no layer runs: its own
+        token = running.set(LayerRun())
         torch.testing.assert_close((module(x), module(x, gate), module(x, gate=gate)), wanted)
+        running.reset(token)
     assert "forward" not in vars(module)

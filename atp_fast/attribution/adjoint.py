@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from atp_fast.ops.pending import Pending
 
 Edge = tuple[Any, int]
 """A step of the graph and the number of one of its outputs."""
-_Grad = Tensor | Pending | None
+_Arrived = tuple[Tensor | Pending, bool]
 
 
 class Adjoint:
@@ -33,7 +33,10 @@ class Adjoint:
         self._wanted = [_edge(x) for x in wanted]
         self._zeros = [(x.shape, x.dtype, x.device) for x in wanted]
         self._rows = outputs[0].shape[0]
-        self._steps = _order([node for node, _ in self._roots], {node for node, _ in self._wanted})
+        targets: dict[Any, list[int]] = {}
+        for node, number in dict.fromkeys(self._wanted):
+            targets.setdefault(node, []).append(number)
+        self._steps = _order([node for node, _ in self._roots], targets)
 
     def __call__(
         self, cotangents: Sequence[Tensor], ahead: Sequence[Tensor | None] = ()
@@ -43,23 +46,22 @@ class Adjoint:
         cotangents: (C, *shape) per output, of the batch's first rows at least; ahead: what has arrived at the first of
         `wanted` on other ways. It is added, and may be overwritten.
         """
-        sums, parts = _Sums(), self._rows // cotangents[0].shape[1]
+        count, rows = cotangents[0].shape[:2]
+        sums, parts = _Sums(), self._rows // rows
         with torch.no_grad():
             for edge, given in zip(self._roots, cotangents, strict=True):
                 sums.add(edge, given, own=False)
             for edge, before in zip(self._wanted, ahead, strict=False):
                 if before is not None:
                     sums.add(edge, before, own=True)
-            wanted = set(self._wanted)
             found: dict[Edge, Tensor] = {}
-            for node, inner, outputs in self._steps:
-                edges = [(node, i) for i in range(outputs)]
-                for edge in edges:
-                    if edge in wanted and sums.has(edge):
-                        found[edge] = sums.kept(edge)
-                if inner:
-                    _step(node, [sums.take(edge) for edge in edges], sums, parts)
-        count = len(cotangents[0])
+            for step in self._steps:
+                arrived = sums.take(step.node)
+                for number in step.wanted:
+                    if number in arrived:
+                        found[step.node, number] = _kept(arrived, number)
+                if step.inner and arrived:
+                    _walk(step, arrived, sums, parts)
         return [
             found[edge]
             if edge in found
@@ -75,67 +77,76 @@ def _edge(x: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
-def _order(roots: Iterable[Any], targets: set[Any]) -> list[tuple[Any, bool, int]]:
-    """Steps through which gradients of the targets pass, each behind all that feed it; whether it leads on to another, and
-    how many outputs it has."""
+class _Step(NamedTuple):
+    """A step through which gradients pass: where it leads, the numbers of its outputs that are wanted, and whether it leads on
+    to others that are."""
+
+    node: Any
+    targets: tuple[Edge, ...]
+    wanted: Sequence[int]
+    inner: bool
+
+
+def _order(roots: Iterable[Any], targets: dict[Any, list[int]]) -> list[_Step]:
+    """The steps from the roots to the targets, each behind all that feed it."""
     leads: dict[Any, bool] = {}  # whether a step reaches a target
-    inner: dict[Any, bool] = {}
-    done: list[Any] = []
+    done: list[_Step] = []
     for root in roots:
-        stack = [(root, False)]
+        stack: list[tuple[Any, tuple[Edge, ...] | None]] = [(root, None)]
         while stack:
-            node, finished = stack.pop()
-            if finished:
-                inner[node] = any(leads[n] for n, _ in node.next_functions if n is not None)
-                leads[node] = inner[node] or node in targets
-                if leads[node]:
-                    done.append(node)
+            node, behind = stack.pop()
+            if behind is not None:
+                inner = any(leads[n] for n, _ in behind if n is not None)
+                if inner or node in targets:
+                    leads[node] = True
+                    done.append(_Step(node, behind, targets.get(node, ()), inner))
             elif node not in leads:
                 leads[node] = False
-                stack.append((node, True))
-                stack.extend(
-                    (n, False) for n, _ in node.next_functions if n is not None and n not in leads
-                )
-    return [(node, inner[node], len(node._input_metadata)) for node in reversed(done)]
+                behind = node.next_functions
+                stack.append((node, behind))
+                stack += [(n, None) for n, _ in behind if n is not None and n not in leads]
+    done.reverse()
+    return done
 
 
 class _Sums:
-    """Gradients that have arrived at the steps' outputs, and whether their memory is nobody else's."""
+    """Gradients that have arrived at the steps' outputs, by number, and whether their memory is nobody else's."""
 
     def __init__(self) -> None:
-        self._at: dict[Edge, tuple[Tensor | Pending, bool]] = {}
-
-    def has(self, edge: Edge) -> bool:
-        return edge in self._at
+        self._at: dict[Any, dict[int, _Arrived]] = {}
 
     def add(self, edge: Edge, part: Tensor | Pending, own: bool) -> None:
-        before = self._at.get(edge)
-        if before is None:
-            self._at[edge] = part, own
+        node, number = edge
+        at = self._at.setdefault(node, {})
+        if number not in at:
+            at[number] = part, own
             return
-        value, owned = before
+        value, owned = at[number]
         if isinstance(value, Pending):
             if isinstance(part, Pending):
                 value, owned = value.alone(), True
             else:  # the order of two terms does not matter
                 (value, owned), part = (part, own), value
         if isinstance(part, Pending):
-            self._at[edge] = part.onto(value, owned), True
+            at[number] = part.onto(value, owned), True
         elif owned and value.dtype == part.dtype:
-            self._at[edge] = value.add_(part), True
+            at[number] = value.add_(part), True
         else:
-            self._at[edge] = value + part, True
+            at[number] = value + part, True
 
-    def take(self, edge: Edge) -> tuple[_Grad, bool]:
-        return self._at.pop(edge, (None, False))
+    def take(self, node: Any) -> dict[int, _Arrived]:
+        return self._at.pop(node, {})
 
-    def kept(self, edge: Edge) -> Tensor:
-        """The gradient, to be handed out: nothing may write to it from here on."""
-        value, _ = self._at[edge]
-        if isinstance(value, Pending):
-            value = value.alone()
-        self._at[edge] = value, False
-        return value
+
+def _kept(arrived: dict[int, _Arrived], number: int) -> Tensor:
+    """A gradient, to be handed out: nothing may write to it from here on."""
+    value = _plain(arrived[number][0])
+    arrived[number] = value, False
+    return value
+
+
+def _plain(grad: Tensor | Pending) -> Tensor:
+    return grad.alone() if isinstance(grad, Pending) else grad
 
 
 def _part(shape: Sequence[int], parts: int) -> tuple[int, ...]:
@@ -150,42 +161,33 @@ def _rows(saved: Tensor, grad: Tensor) -> Tensor:
     return saved
 
 
-def _step(node: Any, grads: list[tuple[_Grad, bool]], sums: _Sums, parts: int) -> None:
+def _walk(step: _Step, arrived: dict[int, _Arrived], sums: _Sums, parts: int) -> None:
     """Take the gradients of a step's outputs to its inputs."""
-    if all(grad is None for grad, _ in grads):
-        return
-    targets = node.next_functions
-    rule = _RULES.get(node.name())
-    if rule is not None and not _is_complex(node):
-        grad, own = grads[0]
-        found = rule(node, grad, own) if len(grads) == 1 else None
+    node, name = step.node, step.node.name()
+    rule = _RULES.get(name)  # of one output
+    if rule is not None and not arrived[0][0].dtype.is_complex:  # rotations may be: conjugates
+        found = rule(node, *arrived[0])
         if found is not None:
-            exact = node.name() not in _BROADCAST
-            for target, (part, mine) in zip(targets, found, strict=False):
+            exact = name not in _BROADCAST
+            for target, (part, own) in zip(step.targets, found, strict=False):
                 if target[0] is not None and part is not None:
-                    sums.add(target, part if exact else _fitted(part, target, parts), mine)
+                    sums.add(target, part if exact else _fitted(part, target, parts), own)
             return
-    plain = [g.alone() if isinstance(g, Pending) else g for g, _ in grads]
     own_rule = getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
     if own_rule is not None:
-        found = own_rule(node, *plain)
-        for target, part in zip(targets, found, strict=False):
+        for target, part in zip(step.targets, own_rule(node, _plain(arrived[0][0])), strict=False):
             if target[0] is not None and part is not None:
                 sums.add(target, part, True)
         return
+    outputs = range(len(node._input_metadata))
+    plain = [_plain(arrived[i][0]) if i in arrived else None for i in outputs]
     given = [g for g in plain if g is not None]
-    if node.name() == "SplitBackward0" and len(given) == len(plain):
-        sums.add(targets[0], torch.cat(given, _axis(node._saved_dim, given[0])), True)
+    if name == "SplitBackward0" and len(given) == len(plain):
+        sums.add(step.targets[0], torch.cat(given, _axis(node._saved_dim, given[0])), True)
         return
-    for target, part in zip(targets, _by_autograd(node, plain, parts), strict=True):
+    for target, part in zip(step.targets, _by_autograd(node, plain, parts), strict=True):
         if target[0] is not None and part is not None:
             sums.add(target, _fitted(part, target, parts), False)
-
-
-def _is_complex(node: Any) -> bool:
-    """Whether a step's outputs or inputs are complex (rotations may be): its gradients are conjugates, autograd knows how."""
-    nodes = [(node, 0), *node.next_functions]
-    return any(n is not None and n._input_metadata[i].dtype.is_complex for n, i in nodes)
 
 
 def _fitted(part: Tensor | Pending, target: Edge, parts: int) -> Tensor | Pending:
@@ -262,7 +264,7 @@ def _add(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
 
 
 def _multiply(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    wide = grad.alone() if isinstance(grad, Pending) else grad
+    wide = _plain(grad)
     first, second = (n is not None for n, _ in node.next_functions)
     return [
         (wide * _rows(node._saved_other, wide) if first else None, True),
@@ -277,12 +279,12 @@ def _reshape(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     shape = (grad.shape[0], rows, *whole[1:])
     if isinstance(grad, Pending) and grad.shape[-1] == shape[-1]:
         return [(grad.reshaped(shape), True)]
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     return [(plain.reshape(shape), own)]
 
 
 def _transpose(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     axes = _axis(node._saved_dim0, plain), _axis(node._saved_dim1, plain)
     return [(plain.transpose(*axes), own)]
 
@@ -301,7 +303,7 @@ def _entered(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
 def _mm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
     if node.next_functions[1][0] is not None:
         return None
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     return [(Pending.product(plain, node._saved_mat2.t()), True)]
 
 
@@ -309,38 +311,38 @@ def _addmm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
     bias, _, weight = (n for n, _ in node.next_functions)
     if bias is not None or weight is not None or node._saved_alpha != 1:
         return None
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     return [(None, True), (Pending.product(plain, node._saved_mat2.t()), True)]
 
 
 def _gelu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     x = _rows(node._saved_self, plain).expand_as(plain)
     approximate = node._saved_approximate
     return [(torch.ops.aten.gelu_backward(plain, x, approximate=approximate), True)]
 
 
 def _silu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     return [
         (torch.ops.aten.silu_backward(plain, _rows(node._saved_self, plain).expand_as(plain)), True)
     ]
 
 
 def _relu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     result = _rows(node._saved_result, plain).expand_as(plain)
     return [(torch.ops.aten.threshold_backward(plain, result, 0), True)]
 
 
 def _tanh(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     result = _rows(node._saved_result, plain).expand_as(plain)
     return [(torch.ops.aten.tanh_backward(plain, result), True)]
 
 
 def _power(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
-    plain = grad.alone() if isinstance(grad, Pending) else grad
+    plain = _plain(grad)
     x, exponent = _rows(node._saved_self, plain), node._saved_exponent
     return [(plain * (exponent * x.pow(exponent - 1)), True)]
 

@@ -34,7 +34,7 @@ from atp_fast.attribution.sweep import (
     sweep_size,
     top_cotangent,
 )
-from atp_fast.hf import LayerArguments, Plug
+from atp_fast.hf import LayerArguments, Plug, modules_of
 from atp_fast.metrics import Metric
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -482,11 +482,14 @@ def model_state(plug: Plug) -> Hashable | None:
     apart = plug.own_softmax or plug.shares.group is not None
     if apart or plug.offloaded or plug.quantised or _watched(plug.model):
         return None
-    tensors = [*plug.model.parameters(), *plug.model.buffers()]
+    modules = modules_of(plug.model)
+    tensors = [
+        x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None
+    ]
     if any(type(x) not in (Tensor, nn.Parameter) or x.device != plug.device for x in tensors):
         return None
     placed = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
-    return placed, tuple(_settings(module) for module in plug.model.modules())
+    return placed, tuple(map(_settings, modules))
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -505,7 +508,7 @@ def _watched(model: nn.Module) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
     hooks = [name for name in _MODULE if name.endswith("_hooks") and "state_dict" not in name]
-    each = any(vars(module)[name] for module in model.modules() for name in hooks)
+    each = any(vars(module)[name] for module in modules_of(model) for name in hooks)
     shared = vars(nn.modules.module)
     return each or any(
         value

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import AccurateGELUActivation, NewGELUActivation
 
+from atp_fast.hf.attention import running
 from atp_fast.hf.switching import Function, switched
 
 _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
@@ -28,11 +29,11 @@ def find_activations(layer: nn.Module) -> list[nn.Module]:
 
 
 def fused(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Inside, these activations run fused; the model's own code is back at the end."""
+    """Inside, these activations of running layers are fused; the model's own code is back at the end."""
     own = [(m, "forward") for m in modules if "forward" not in vars(m)]  # not another's
     return switched(own, lambda m, f: functools.partial(_forward, f, _FUSED[type(m)]))
 
 
 def _forward(own: Function, function: Function, x: Tensor) -> Tensor:
     # narrow types are rounded where the model rounds them
-    return function(x) if x.dtype.itemsize >= 4 else own(x)
+    return function(x) if x.dtype.itemsize >= 4 and running.get() is not None else own(x)

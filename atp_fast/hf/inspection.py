@@ -20,6 +20,7 @@ from atp_fast.hf.formats import format_of
 from atp_fast.hf.norms import FoundNorm
 from atp_fast.hf.placement import fetchers
 from atp_fast.hf.scores import Scores
+from atp_fast.hf.switching import modules_of
 
 _POSITIONS = (
     "rotary"  # modules that give tables of positions, through which no gradient flows in any model
@@ -353,7 +354,7 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def check_eval(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()):
+    if any(module.training for module in modules_of(model)):
         raise ValueError(
             "model must be in evaluation mode (dropout would make every effect noise): call model.eval()"
         )

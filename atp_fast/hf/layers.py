@@ -38,7 +38,7 @@ from atp_fast.hf.placement import (
 from atp_fast.hf.quantised import Quantised, dequantised, find_quantised
 from atp_fast.hf.rotations import find_rotations, own_rotations
 from atp_fast.hf.scores import taken_over
-from atp_fast.hf.switching import alone_with
+from atp_fast.hf.switching import alone_with, modules_of, parameters_of
 
 
 class LayerArguments(NamedTuple):
@@ -188,7 +188,7 @@ class LayeredModel:
 
     def _places(self) -> list[torch.device] | None:
         """Where each layer runs, None where all of them run on the model's device."""
-        found = {p.device for p in self.model.parameters()}
+        found = {p.device for p in parameters_of(self.model)}
         if len(found) == 1 and next(iter(found)).type != "meta":
             return None
         devices = [next(iter(devices_of(layer.module)), self.device) for layer in self.layers]
@@ -202,7 +202,7 @@ class LayeredModel:
     @property
     def offloaded(self) -> bool:
         """Whether some weights are fetched when their layer runs; what holds on to a layer then holds its weights."""
-        return any(p.device.type == "meta" for p in self.model.parameters())
+        return any(p.is_meta for p in parameters_of(self.model))
 
     @property
     def itemsize(self) -> int:
@@ -304,7 +304,7 @@ class LayeredModel:
             # by name: fetching weights puts other parameters in their place
             trained = [
                 (module, name)
-                for module in self.model.modules()
+                for module in modules_of(self.model)
                 for name, p in module._parameters.items()
                 if p is not None and p.requires_grad
             ]
@@ -318,10 +318,20 @@ class LayeredModel:
                     plain,
                     dequantised(self.quantised, self.backend),
                     own_linears(self._linears, self.device, self.backend),
+                    self._own_parts(),
                 ):
                     yield
             finally:
                 _require_grad(trained, True)
+
+    @contextlib.contextmanager
+    def _own_parts(self) -> Iterator[None]:
+        """Inside, what is recognised of the layers runs by functions of ours while `run_layer` runs them."""
+        activations = [module for layer in self.layers for module in layer.activations]
+        norms = [found for layer in self.layers for found in layer.norms]
+        files = list(dict.fromkeys(file for layer in self.layers for file in layer.rotations))
+        with fused(activations), own_norms(norms, self.backend), own_rotations(files):
+            yield
 
     def weights(self, stages: Sequence[int], ahead: bool) -> Weights:
         """Weights that are fetched, held stage by stage: numbers of layers, or ENDS for all that is no layer."""
@@ -403,13 +413,6 @@ class LayeredModel:
             arguments = [a.to(d) for a, d in zip(arguments, self._spread, strict=True)]
         return x, arguments
 
-    @contextlib.contextmanager
-    def own_parts(self, layer: Layer) -> Iterator[None]:
-        """Inside, what is recognised of the layer runs by functions of ours."""
-        norms, rotations = own_norms(layer.norms, self.backend), own_rotations(layer.rotations)
-        with fused(layer.activations), norms, rotations:
-            yield
-
     def run_layer(self, number: int, x: Tensor, arguments: LayerArguments, run: LayerRun) -> Tensor:
         """The layer's output; node values of `run.kinds` (and q, k, v, z) pass through `run.visit`."""
         layer = self.layers[number]
@@ -418,7 +421,6 @@ class LayeredModel:
         run.shape = x.shape[0], x.shape[1]
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(self.attending(run, len(x)))
-            hooks.enter_context(self.own_parts(layer))
             for kind, module in self._watched(layer, run.kinds):
                 hooks.callback(_watch(module, kind, run, x.shape[:2]).remove)
             out = layer.module(x, *arguments.args, **arguments.kwargs)

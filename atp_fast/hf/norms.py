@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atp_fast.hf.attention import running
 from atp_fast.hf.switching import Function, own_forwards, switched
 from atp_fast.ops import Norm
 from atp_fast.ops.functions import norm
@@ -37,7 +38,7 @@ def find_norms(layer: nn.Module) -> list[FoundNorm]:
 
 
 def own_norms(norms: Sequence[FoundNorm], backend: str) -> AbstractContextManager[None]:
-    """Inside, these norms run by the backend; the model's own code is back at the end."""
+    """Inside, these norms of running layers are the backend's; the model's own code is back at the end."""
     kinds = {found.module: found.how for found in norms}
     mine = own_forwards(kinds)
     return switched(mine, lambda m, own: functools.partial(_forward, m, own, kinds[m], backend))
@@ -46,7 +47,7 @@ def own_norms(norms: Sequence[FoundNorm], backend: str) -> AbstractContextManage
 def _forward(
     module: Any, own: Function, how: Norm, backend: str, x: Tensor, *more: Any, **named: Any
 ) -> Tensor:
-    if more or named:  # a gate, say: it was recognised without one
+    if running.get() is None or more or named:  # a gate, say: it was recognised without one
         return own(x, *more, **named)
     weight, bias = module.weight, getattr(module, "bias", None)
     plain = x.dtype == weight.dtype and x.device == weight.device and 2 <= x.ndim <= 4

@@ -169,7 +169,7 @@ class Plug(LayeredModel):
             x = self.moved(x, number).detach().requires_grad_()
             streams.append(x.detach())
             try:
-                with self.attending(run, len(x)), self.own_parts(layer):
+                with self.attending(run, len(x)):
                     given = arguments[number]
                     out, calls = trace(layer, x, given.args, given.kwargs, run)
             except NotImplementedError as error:
