@@ -104,13 +104,14 @@ class Engine:
         plan = self._plan(run_pairs, asked, budget)
         batches = self._batches(run_pairs, plan.sweep.pairs)
         began = time.perf_counter()
+        if self._replays is not None and plan.held is None:
+            self._replays.opened(self.plug, budget)
         total = len(batches) * len(self.plug.layers)
         with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
             values: Iterable[tuple[Tensor, Tensor]]
             if plan.held is None:
                 run = sweep
                 if self._replays is not None:
-                    self._replays.opened(self.plug, budget)
                     run = self._replays.sweep
                 values = (
                     run(

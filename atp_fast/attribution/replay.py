@@ -34,7 +34,7 @@ from atp_fast.attribution.sweep import (
     sweep_size,
     top_cotangent,
 )
-from atp_fast.hf import LayerArguments, Plug, modules_of
+from atp_fast.hf import LayerArguments, Plug, alone_with, modules_of
 from atp_fast.metrics import Metric
 from atp_fast.prompts.pairs import PromptPairs
 
@@ -73,8 +73,9 @@ class Replays:
         return sum(recording.bytes for recording in self._recorded.values())
 
     def opened(self, plug: Plug, budget: Budget) -> None:
-        """A call begins, inside `plug.plugged()`: recordings of a model that is not what it was are dropped."""
-        state = model_state(plug)
+        """A call begins, outside `plug.plugged()`: recordings of a model that is not what it was are dropped."""
+        with alone_with(plug.model):
+            state = model_state(plug)
         if state != self._state:
             self._recorded.clear()
             self._known.clear()

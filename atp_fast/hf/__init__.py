@@ -11,7 +11,7 @@ from atp_fast.hf.options import AttentionOptions
 from atp_fast.hf.parallel import held_tensor
 from atp_fast.hf.placement import ENDS
 from atp_fast.hf.plug import Plug
-from atp_fast.hf.switching import modules_of, recording
+from atp_fast.hf.switching import alone_with, modules_of, recording
 
 __all__ = [
     "ENDS",
@@ -24,6 +24,7 @@ __all__ = [
     "Prefix",
     "Visit",
     "FiniteCheck",
+    "alone_with",
     "check_finite",
     "held_tensor",
     "modules_of",

@@ -53,14 +53,8 @@ class LayerArguments(NamedTuple):
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerArguments:
         """The same arguments with `change` of every tensor; those of keywords come first."""
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return change(value)
-            return tuple(pick(v) for v in value) if isinstance(value, tuple) else value
-
-        kwargs = {key: pick(value) for key, value in self.kwargs.items()}
-        return LayerArguments(pick(self.args), kwargs, self.by_row)
+        kwargs = {key: _mapped(value, change) for key, value in self.kwargs.items()}
+        return LayerArguments(_mapped(self.args, change), kwargs, self.by_row)
 
     def to(self, device: torch.device) -> LayerArguments:
         return self.mapped(lambda value: value.to(device))
@@ -94,6 +88,13 @@ class LayerArguments(NamedTuple):
 
         self.mapped(note)
         return found
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    # no function inside another that calls itself: what it refers to would live until Python looks for cycles
+    if isinstance(value, Tensor):
+        return change(value)
+    return tuple(_mapped(v, change) for v in value) if isinstance(value, tuple) else value
 
 
 class _Step(nn.Module):
