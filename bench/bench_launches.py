@@ -1,16 +1,21 @@
-"""Kernel starts per layer of the engine on half-precision models, counted without a GPU (make bench-launches).
+"""Kernel starts per layer of the engine on half-precision models, and the time of the host, without a GPU (make bench-launches).
 
 As launches.py counts them: every layer taped, nodes q, k, v, z and neuron. Rows go to bench/results/launches.csv, one per
-phase (forwards, sweep, scoring) and their total; tests/launch_budget.json holds what may not be exceeded.
+phase (forwards, sweep, scoring) and their total; tests/launch_budget.json holds what may not be exceeded. Seconds per layer are those of
+Python and torch on one thread, kernels' own left out; the literal code's beside them.
 """
 
 from __future__ import annotations
 
-from launches import FAMILIES, METHODS, PHASES, per_layer
+import torch
+from launches import FAMILIES, METHODS, PHASES, host_seconds, per_layer
 from rows import RESULTS, RowFile
+
+ROUNDS = 15
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     file = RowFile(RESULTS / "launches.csv")
     for family in FAMILIES:
         for method in METHODS:
@@ -25,6 +30,16 @@ def main() -> None:
                     shape={"model": family, "T": 6, "B": 2},
                     dtype="bfloat16",
                     metric="starts_per_layer",
+                )
+            for provider, seconds in host_seconds(family, method, ROUNDS).items():
+                file.add(
+                    seconds,
+                    op="attribute, host",
+                    provider=provider,
+                    mode=method,
+                    shape={"model": family, "T": 6, "B": 2},
+                    dtype="bfloat16",
+                    metric="seconds_per_layer",
                 )
 
 

@@ -1,14 +1,19 @@
-"""How many kernels a sweep starts per layer, counted without a GPU.
+"""How many kernels a sweep starts per layer, and how long Python takes for that, without a GPU.
 
 Counted are the operations that torch dispatches beneath autograd and vmap, but for views and allocations, and the starts of
 the Triton kernels, which are stubbed: their outputs are zeros. The number per layer is the slope between two depths of a
-tiny bfloat16 model, so that what a call does once does not count. What a start costs is not counted.
+tiny bfloat16 model, so that what a call does once does not count.
+
+Of the time, what Triton and the driver take to start a kernel that was started before is left out; what torch takes to compute a
+few numbers on the CPU, and to fill the outputs with zeros, is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,12 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from atp_fast import Engine, PromptPairs
 from atp_fast.attribution import memory
 from atp_fast.attribution import sweep as sweeps
+from atp_fast.attribution.literal import literal_attribution
 from atp_fast.kernels import launch
+from atp_fast.nodes import NODE_KINDS
 from atp_fast.ops import triton
 
 PHASES = ("forwards", "sweep", "scoring")
 METHODS = ("atp", "atp*")
 _DEPTHS = (2, 3)
+_DEPTHS_IN_TIME = (4, 16)
 _VOCABULARY = 48
 _COMMON: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
@@ -89,20 +97,8 @@ class Launches(TorchDispatchMode):
     def counting(self) -> Iterator[None]:
         """Inside, the Triton backend takes CPU tensors and starts nothing, and operations are counted."""
 
-        def zeroed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def zeros(*args: Any, **options: Any) -> Tensor:
-                with torch.utils._python_dispatch._disable_current_modes():
-                    return function(*args, **options).zero_()
-
-            return zeros
-
-        with contextlib.ExitStack() as stack:
+        with _stubbed(self.started), contextlib.ExitStack() as stack:
             for patch in (
-                mock.patch.object(triton, "INTERPRETED", True),
-                mock.patch.object(launch, "_start", self.started),
-                mock.patch.object(memory, "saves_starts", lambda device, rows: True),
-                mock.patch.object(torch, "empty", zeroed(torch.empty)),
-                mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
                 mock.patch.object(sweeps, "run_batch", self.during("forwards", sweeps.run_batch)),
                 *(
                     mock.patch.object(owner, name, self.during("scoring", getattr(owner, name)))
@@ -112,6 +108,35 @@ class Launches(TorchDispatchMode):
                 stack.enter_context(patch)
             stack.enter_context(self)
             yield
+
+
+@contextlib.contextmanager
+def _stubbed(start: Callable[..., Any]) -> Iterator[None]:
+    """Inside, kernels are started by `start`: their outputs are zeros."""
+
+    def zeroed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def zeros(*args: Any, **options: Any) -> Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return function(*args, **options).zero_()
+
+        return zeros
+
+    with (
+        mock.patch.object(triton, "INTERPRETED", True),
+        mock.patch.object(launch, "_start", start),
+        mock.patch.object(launch, "_ready", {}),
+        mock.patch.object(memory, "saves_starts", lambda device, rows: True),
+        mock.patch.object(torch, "empty", zeroed(torch.empty)),
+        mock.patch.object(torch, "empty_like", zeroed(torch.empty_like)),
+    ):
+        yield
+
+
+class _Compiled:
+    """A compiled kernel whose starts take no time."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 def build(family: str, layers: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -133,13 +158,15 @@ def _engine(family: str, layers: int) -> Engine:
 
 def counts_of(family: str, method: str, layers: int) -> Counter[tuple[str, str]]:
     """What one call of `Engine.attribute` starts, two pairs, all kinds of nodes by default, every layer taped."""
-    engine = _engine(family, layers)
-    ids = torch.arange(24).reshape(4, 6)
-    pairs = PromptPairs(ids[:2], ids[2:], torch.tensor([1, 2]), torch.tensor([3, 4]))
-    launches = Launches()
+    engine, launches = _engine(family, layers), Launches()
     with launches.counting():
-        engine.attribute(pairs, method=method, progress=False)
+        engine.attribute(_pairs(), method=method, progress=False)
     return launches.counts
+
+
+def _pairs() -> PromptPairs:
+    ids = torch.arange(24).reshape(4, 6)
+    return PromptPairs(ids[:2], ids[2:], torch.tensor([1, 2]), torch.tensor([3, 4]))
 
 
 def per_layer(family: str, method: str) -> dict[str, dict[str, float]]:
@@ -151,3 +178,33 @@ def per_layer(family: str, method: str) -> dict[str, dict[str, float]]:
         if slope:
             found[phase][name] = slope
     return found
+
+
+def host_seconds(family: str, method: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds that Python takes per layer of a call by atp_fast and, of plain AtP, by the literal code, round by round."""
+    few, many = _DEPTHS_IN_TIME
+    calls = {("atp_fast triton", n): _attribution(_engine(family, n), method) for n in (few, many)}
+    if method == "atp":
+        calls |= {("literal", n): _literal(_engine(family, n)) for n in (few, many)}
+    found: dict[str, list[float]] = {provider: [] for provider, _ in calls}
+    with _stubbed(lambda *_: _Compiled()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every effect is zero
+        for turn in range(rounds + 1):  # the first makes ready
+            seconds: dict[tuple[str, int], float] = {}
+            for what, call in calls.items():
+                began = time.perf_counter()
+                call()
+                seconds[what] = time.perf_counter() - began
+            for provider, times in found.items():
+                if turn:
+                    slope = (seconds[provider, many] - seconds[provider, few]) / (many - few)
+                    times.append(slope)
+    return found
+
+
+def _attribution(engine: Engine, method: str) -> Callable[[], object]:
+    return lambda: engine.attribute(_pairs(), method=method, progress=False)
+
+
+def _literal(engine: Engine) -> Callable[[], object]:
+    return lambda: literal_attribution(engine.model, _pairs(), method="atp", nodes=NODE_KINDS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -245,8 +245,26 @@ def _tuned(kernel: Any, choices: tuple[Blocks, ...]) -> Any:
     return triton.autotune(configs=configs, key=["HEAD_DIM", "V_DIM"], cache_results=True)(kernel)
 
 
-def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
-    kernel[grid](**arguments)
+class _Ready(NamedTuple):
+    """A kernel as Triton compiled it for certain arguments, its blocks, and the arguments that these are, by number."""
+
+    compiled: Any
+    blocks: Blocks
+    beside: list[tuple[int, int]]
+
+
+_ready: dict[tuple[Hashable, ...], _Ready] = {}
+_READY_AT_MOST = 4096
+
+
+def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Any:
+    """Start a kernel by Triton's own way, which takes tens of microseconds; what was compiled for it, if anything was."""
+    return kernel[grid](**arguments)
+
+
+def _specialised(x: Any) -> Hashable:
+    """What an argument's kernel may depend on. Triton tells fewer numbers apart: 1, multiples of 16, those beyond 32 bits."""
+    return (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x
 
 
 def run(
@@ -257,21 +275,41 @@ def run(
     on: Tensor,
     parts: int = 1,
 ) -> None:
-    """Start kernel on the device of `on` with one of the choices; programs gives their grid's size, of which there are `parts`."""
-    # a default that Triton's versions and environment change
-    arguments = {**arguments, "enable_fp_fusion": True}
+    """Start kernel on the device of `on` with one of the choices; programs gives their grid's size, of which there are `parts`.
+
+    What was started before with the same numbers, and tensors of the same dtypes and alignments, is started as it was
+    compiled then.
+    """
     blocks = choices[0]
-    fills = programs(blocks) * parts >= _processors(on.device)
+    tunes = on.is_cuda and len(choices) > 1 and programs(blocks) * parts >= _processors(on.device)
+    values = [arguments.get(name) for name in kernel.arg_names]
+    # an id, because a kernel's hash is that of its source; it lives as long as this module
+    key = (id(kernel), on.device, choices if tunes else blocks, *map(_specialised, values))
     with torch.cuda.device_of(on):
-        if on.is_cuda and len(choices) > 1 and fills:
-            tuned = _tuned(kernel, choices)
-
-            def grid(meta: dict[str, int]) -> tuple[int, int]:
-                blocks = Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)
-                return programs(blocks), parts
-
-            with _starting:
-                _start(tuned, grid, arguments)
+        if (ready := _ready.get(key)) is not None:
+            for number, value in ready.beside:
+                values[number] = value
+            ready.compiled[programs(ready.blocks), parts, 1](*values)
             return
-        launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-        _start(kernel, (programs(blocks), parts), {**arguments, **_meta(kernel, blocks), **launch})
+        # a default that Triton's versions and environment change
+        arguments = {**arguments, "enable_fp_fusion": True}
+        if tunes:
+            tuned = _tuned(kernel, choices)
+            with _starting:
+                compiled = _start(tuned, lambda m: (programs(_chosen(m)), parts), arguments)
+                meta = tuned.best_config.kwargs if compiled is not None else {}
+        else:
+            meta = _meta(kernel, blocks)
+            launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+            compiled = _start(kernel, (programs(blocks), parts), {**arguments, **meta, **launch})
+    if compiled is None:  # interpreted
+        return
+    if len(_ready) >= _READY_AT_MOST:
+        _ready.clear()
+    beside = [(kernel.arg_names.index(name), value) for name, value in meta.items()]
+    _ready[key] = _Ready(compiled, _chosen(meta) if tunes else blocks, beside)
+
+
+def _chosen(meta: dict[str, int]) -> Blocks:
+    """The blocks that an autotuner has chosen, as far as they make a grid."""
+    return Blocks(meta["BLOCK_M"], meta["BLOCK_N"], meta["CHUNK"], 0, 0)

@@ -52,6 +52,7 @@ GROUPED = f"INTERPRET {ADDED} -k 'groups or split or parts'"
 NORMS = "tests/test_norm.py"
 WALK = "tests/test_adjoint.py"
 TWINS = "tests/test_twins.py"
+READY = "tests/test_launch.py"
 SHAPES = "tests/test_layer_shapes.py"
 CHUNKS = "tests/test_chunks.py"
 STARTS = "tests/test_launches.py"
@@ -250,8 +251,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/adjoint.py",
-        "self._at[edge] = value, False\n        return value",
-        "self._at[edge] = value, True\n        return value",
+        "    arrived[number] = value, False\n",
+        "    arrived[number] = value, True\n",
         WALK,
     ),
     Fault(
@@ -268,8 +269,8 @@ FAULTS = [
     ),
     Fault(
         "atp_fast/attribution/adjoint.py",
-        "        if inner:\n",
-        "        if node not in {n for n, _ in wanted}:\n",
+        "if step.inner and arrived:",
+        "if not step.wanted and arrived:",
         WALK,
     ),
     Fault(
@@ -459,6 +460,25 @@ FAULTS = [
         'tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)',
         "lse * LOG2_E",
         "INTERPRET tests/test_ops_triton.py -k base_2",
+    ),
+    Fault(
+        "kernels/launch.py",
+        "return (x.dtype, x.data_ptr() % 16) if",
+        "return x.dtype if",
+        READY,
+    ),
+    Fault("kernels/launch.py", "choices if tunes else blocks, *map(", "*map(", READY),
+    Fault(
+        "kernels/launch.py",
+        "ready.compiled[programs(ready.blocks), parts, 1](*values)",
+        "ready.compiled[programs(blocks), parts, 1](*values)",
+        READY,
+    ),
+    Fault(
+        "kernels/launch.py",
+        "            for number, value in ready.beside:\n                values[number] = value\n",
+        "",
+        READY,
     ),
     # replayed sweeps
     Fault(
