@@ -30,7 +30,13 @@ from atp_fast.attribution.runs import PairRuns, corrupted_values
 from atp_fast.attribution.runs import taped as tape_of
 from atp_fast.attribution.scores import Scores, weight_tables
 from atp_fast.attribution.streaming import StreamPlan
-from atp_fast.attribution.sweep import run_forwards, sweep_layer, sweep_size, top_cotangent
+from atp_fast.attribution.sweep import (
+    SweepState,
+    run_forwards,
+    sweep_layer,
+    sweep_size,
+    top_cotangent,
+)
 from atp_fast.hf import ENDS, LayerRun, Plug, Prefix, held_tensor
 from atp_fast.metrics import Metric
 from atp_fast.nodes import Node, NodeSpace
@@ -127,7 +133,7 @@ class _Trial:
         scores = _OneLayer(plug, number, space, call.method, call.dtype, kept)
         kinds = scores.space.kinds
         rows = torch.arange(pairs, device=plug.device)
-        at = batch.place(rows, call.space.positions), batch.spans
+        place = batch.place(rows, call.space.positions)
         self._chunk = min(plan.chunk, call.cotangents(plug, 0))
         cotangents = torch.ones(
             (self._chunk, pairs, *batch.both.x.shape[1:]),
@@ -136,8 +142,8 @@ class _Trial:
         )
 
         def swept(count: int) -> float:
-            at_layer = view, self.runs, plan, scores, 1, *at
-            return clock(sweep_layer, *at_layer, cotangents[:count], count, {})[1]
+            state = SweepState(view, self.runs, plan, scores, place, batch.spans)
+            return clock(sweep_layer, state, 1, cotangents[:count], count, {})[1]
 
         times = []
         for count in (self._chunk, 1):  # the first run warms up

@@ -431,9 +431,9 @@ def test_no_layer_below_the_lowest_dictionary_is_swept(monkeypatch: pytest.Monke
     whole = atp_fast.attribution.sweep._Layer
 
     class Noted(whole):  # type: ignore[misc,valid-type]
-        def __init__(self, plug: Any, runs: Any, plan: Any, scores: Any, number: int, *rest: Any):
+        def __init__(self, state: Any, number: int, added: Any):
             swept.append(number)
-            super().__init__(plug, runs, plan, scores, number, *rest)
+            super().__init__(state, number, added)
 
     monkeypatch.setattr(atp_fast.attribution.sweep, "_Layer", Noted)
     engine = Engine(model)

@@ -28,6 +28,7 @@ from atp_fast.attribution.memory import Budget, SweepPlan, estimate_sweep
 from atp_fast.attribution.runs import PairRuns, are_finite
 from atp_fast.attribution.scores import Place, Scores
 from atp_fast.attribution.sweep import (
+    SweepState,
     run_forwards,
     sweep_batch,
     sweep_layer,
@@ -317,14 +318,10 @@ class Recording:
     def layers(self, plug: Plug, runs: PairRuns) -> None:
         """The second, from the cotangent of the last layer's output."""
         assert self._cotangent is not None
+        state = SweepState(plug, runs, self._plan, self.sums, self._place, self._batch.spans)
         cotangents = self._cotangent[None]
         for number in reversed(range(len(plug.layers))):
-            cotangents = sweep_layer(
-                *(plug, runs, self._plan, self.sums, number, self._place, self._batch.spans),
-                cotangents,
-                chunk=self._plan.chunk,
-                added={},
-            )
+            cotangents = sweep_layer(state, number, cotangents, self._plan.chunk, {})
 
 
 def _of(asked: Asked, runs: PairRuns) -> PairRuns:

@@ -27,7 +27,7 @@ from atp_fast.attribution.memory import (
 )
 from atp_fast.attribution.runs import Steps, check_layers, run_in_steps
 from atp_fast.attribution.scores import Scores
-from atp_fast.attribution.sweep import add_behind, key_fixed, top_cotangent, try_layer
+from atp_fast.attribution.sweep import SweepState, add_behind, key_fixed, top_cotangent, try_layer
 from atp_fast.attribution.waiting import Shelf
 from atp_fast.hf import ENDS, Plug
 from atp_fast.metrics import Metric
@@ -106,8 +106,9 @@ def _sweep(
     check_layers(runs)
     yield
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
+    state = SweepState(plug, runs, plan, scores, place, spans)
     if any_live:
-        add_behind(plug, runs, plan, scores, place, spans, cotangent[None])
+        add_behind(state, cotangent[None])
     carried, chunk = shelf.put(cotangent[None]), plan.chunk
     del cotangent
     runs.forget(len(plug.layers))
@@ -115,9 +116,8 @@ def _sweep(
         yield
         if any_live:
             runs.bring(number)
-            at = number, place, spans
             cotangents = plug.moved(carried.take(), number)
-            found, chunk = try_layer(plug, runs, plan, scores, *at, cotangents, chunk)
+            found, chunk = try_layer(state, number, cotangents, chunk)
             carried.drop()
             if number:
                 carried = shelf.put(found)

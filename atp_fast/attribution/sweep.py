@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ from atp_fast.nodes import ATTENTION_KINDS
 from atp_fast.prompts.pairs import PromptPairs
 
 _NOTHING = nullcontext()
+
+
+class SweepState(NamedTuple):
+    """A batch's sweep behind its forwards: what every layer's part needs.
+
+    place: where its effects belong among the scores; spans: which positions each span sums, as Batch has them.
+    """
+
+    plug: Plug
+    runs: PairRuns
+    plan: SweepPlan
+    scores: Scores
+    place: Place
+    spans: Tensor | None
 
 
 def sweep(
@@ -83,28 +98,21 @@ def sweep_batch(
                 raise
     check_outputs(plug, batch, runs)
     clean_value, corrupted_value, cotangent = top_cotangent(plug, runs, metric)
-    place, cotangents = batch.place(rows, scores.space.positions), cotangent[None]
+    place = batch.place(rows, scores.space.positions)
+    state = SweepState(plug, runs, plan, scores, place, batch.spans)
+    cotangents, chunk = cotangent[None], plan.chunk
     if batch.any_live:
-        add_behind(plug, runs, plan, scores, place, batch.spans, cotangents)
-    chunk = plan.chunk
+        add_behind(state, cotangents)
     for number in reversed(range(len(plug.layers))):
         if batch.any_live:
-            at = number, place, batch.spans
-            cotangents, chunk = try_layer(
-                plug, runs, plan, scores, *at, cotangents, chunk, watched, release
-            )
+            cotangents, chunk = try_layer(state, number, cotangents, chunk, watched, release)
         advance()
     return clean_value, corrupted_value
 
 
 def try_layer(
-    plug: Plug,
-    runs: PairRuns,
-    plan: SweepPlan,
-    scores: Scores,
+    state: SweepState,
     number: int,
-    place: Place,
-    spans: Tensor | None,
     cotangents: Tensor,
     chunk: int,
     watched: AbstractContextManager[object] = _NOTHING,
@@ -112,15 +120,13 @@ def try_layer(
 ) -> tuple[Tensor, int]:
     """sweep_layer with as many cotangents per chunk as memory is there for, `chunk` at most; also how many those were."""
     added: dict[str, int] = {}
-    at = number, place, spans
     while True:
         try:
             with watched:
-                found = sweep_layer(plug, runs, plan, scores, *at, cotangents, chunk, added)
-            return found, chunk
+                return sweep_layer(state, number, cotangents, chunk, added), chunk
         except torch.OutOfMemoryError as error:
             # the others are in the middle of this layer
-            if (group := plug.shares.group) is not None:
+            if (group := state.plug.shares.group) is not None:
                 raise torch.OutOfMemoryError(
                     f"out of memory in layer {number} in process {group.rank} of the {group.size} that share the "
                     "model: give a smaller memory_budget"
@@ -172,37 +178,22 @@ def run_forwards(plug: Plug, batch: Batch, plan: SweepPlan, scores: Scores) -> P
 
 
 def sweep_layer(
-    plug: Plug,
-    runs: PairRuns,
-    plan: SweepPlan,
-    scores: Scores,
-    number: int,
-    place: Place,
-    spans: Tensor | None,
-    cotangents: Tensor,
-    chunk: int,
-    added: dict[str, int],
+    state: SweepState, number: int, cotangents: Tensor, chunk: int, added: dict[str, int]
 ) -> Tensor:
     """Add a layer's effects to the scores; returns the cotangents of its input. Its tape is gone then.
 
     Below the lowest layer that has nodes, nothing is done.
     """
-    if number < plug.lowest(scores.space.kinds):
+    plug = state.plug
+    if number < plug.lowest(state.scores.space.kinds):
         return cotangents
-    layer = _Layer(plug, runs, plan, scores, number, place, spans, added)
+    layer = _Layer(state, number, added)
     return layer.sweep(plug.moved(cotangents, number), chunk)
 
 
-def add_behind(
-    plug: Plug,
-    runs: PairRuns,
-    plan: SweepPlan,
-    scores: Scores,
-    place: Place,
-    spans: Tensor | None,
-    cotangents: Tensor,
-) -> None:
+def add_behind(state: SweepState, cotangents: Tensor) -> None:
     """Add the effects of the dictionaries behind the last layer."""
+    plug, runs, plan, scores, place, spans = state
     behind = len(plug.layers), "resid_pre"
     device = cotangents.device
     place, spans = place.to(device), None if spans is None else spans.to(device)
@@ -235,19 +226,9 @@ def top_cotangent(plug: Plug, runs: PairRuns, metric: Metric) -> tuple[Tensor, T
 class _Layer:
     """One layer's part of the sweep: effects of its nodes, and the cotangents of its input."""
 
-    def __init__(
-        self,
-        plug: Plug,
-        runs: PairRuns,
-        plan: SweepPlan,
-        scores: Scores,
-        number: int,
-        place: Place,
-        spans: Tensor | None,
-        added: dict[str, int],
-    ) -> None:
-        """spans: which positions each span sums, as Batch has them; added: by kind, the cotangents whose effects
-        are in the scores."""
+    def __init__(self, state: SweepState, number: int, added: dict[str, int]) -> None:
+        """added: by kind, the cotangents whose effects are in the scores."""
+        plug, runs, plan, scores, place, spans = state
         self.plug, self.scores, self.number = plug, scores, number
         device, self.added = plug.device_of(number), added
         self.place, self.spans = place.to(device), None if spans is None else spans.to(device)
