@@ -65,7 +65,7 @@ model: $(STAMPS)/model
 
 # The interpreter's mode is fixed when the kernels are defined, so it has a process of its own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py tests/test_add_effects.py tests/test_norm.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_ops_triton.py tests/test_add_effects.py tests/test_norm.py tests/test_gate.py
 
 # Each library in an environment of its own, with the torch of constraints.txt.
 LIBRARIES := transformer-lens nnsight auto-circuit

@@ -81,3 +81,13 @@ def rotate(
     out: _Passed,
     threads: int,
 ) -> None: ...
+def gate_vjp(
+    sizes: tuple[int, int, int, int, int],
+    gate: _Passed,
+    up: _Passed,
+    grad: _Passed,
+    gelu: bool,
+    grad_gate: _Passed,
+    grad_up: _Passed,
+    threads: int,
+) -> None: ...

@@ -201,8 +201,9 @@ def print_run(shape: Shape) -> None:
         found = planned(engine, shape, pairs)
         # libraries keep something for every number of rows that they have multiplied: it is counted apart
         before = reset_peak()
-        few = pairs[: int(found["pairs_at_once"])]
-        engine.attribute(few, METRIC, METHOD, KINDS, progress=False)
+        few = int(found["pairs_at_once"])
+        for count in {few, len(pairs) % few} - {0}:
+            engine.attribute(pairs[:count], METRIC, METHOD, KINDS, progress=False)
         found["kept_by_libraries_bytes"] = reset_peak() - before
         read.clear()
         before, written = reset_peak(), _written()

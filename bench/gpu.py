@@ -47,7 +47,11 @@ def steps() -> list[Step]:
         Step("engine-rows-atp", [*engine, "--T", "512", "--methods", "atp"], 60),
         Step("replay-tests", [*test, "tests/test_cuda.py", "-k", "replay"], 90),
         Step("kernel-rows", [*kernels, "--dtype", "bfloat16", "--quick"], 100),
-        Step("new-op-tests", [*test, "tests/test_add_effects.py", "tests/test_norm.py"], 60),
+        Step(
+            "new-op-tests",
+            [*test, "tests/test_add_effects.py", "tests/test_norm.py", "tests/test_gate.py"],
+            60,
+        ),
         Step("op-tests-bf16", [*ops, "bf16 and not interpreter"], 100),
         Step("op-tests", [*ops, "not bf16 and not interpreter"], 120),
         Step("all-kernel-rows", [*kernels, "--dtype", "bfloat16"], 240),

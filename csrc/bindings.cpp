@@ -126,6 +126,23 @@ void rotate(const std::array<Index, 6>& sizes, const Passed& x, const Passed& co
     kernels().rotate[slot(call.x.dtype)](call, threads);
 }
 
+// sizes: cotangents, three leading axes, width
+void gate_vjp(const std::array<Index, 5>& sizes, const Passed& gate, const Passed& up,
+              const Passed& grad, bool gelu, const Passed& grad_gate, const Passed& grad_up,
+              int threads) {
+    GateCall call{};
+    call.cotangents = sizes[0];
+    std::copy(sizes.begin() + 1, sizes.begin() + 4, call.sizes);
+    call.width = sizes[4];
+    call.gate = view(gate);
+    call.up = view(up);
+    call.grad = view(grad);
+    call.grad_gate = view(grad_gate);
+    call.grad_up = view(grad_up);
+    call.gelu = gelu;
+    kernels().gate_vjp[slot(call.gate.dtype)](call, threads);
+}
+
 // sizes: cotangents, batch, positions, width, dim, columns; values are (batch, positions, width,
 // dim)
 void add_effects(const std::array<Index, 6>& sizes, const Passed& grad, const Passed& clean,
@@ -251,6 +268,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_effects", add_effects, release());
     m.def("norm", norm, release());
     m.def("rotate", rotate, release());
+    m.def("gate_vjp", gate_vjp, release());
     m.def("attention", attention, release());
     m.def("attention_backward", attention_backward, release());
     m.def("linear", linear, release());

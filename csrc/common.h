@@ -110,6 +110,14 @@ struct RotateCall {
     bool adjoint;
 };
 
+// gate_vjp: views are (cotangents, sizes..., width), gate and up without the first axis (its stride
+// is not used).
+struct GateCall {
+    Index cotangents, sizes[3], width;
+    View gate, up, grad, grad_gate, grad_up;
+    bool gelu;  // its tanh form, else silu
+};
+
 // linear: y (rows, columns), contiguous, = x w + bias; bias is (columns,) or null, every type the
 // accumulation type.
 struct LinearCall {
@@ -131,6 +139,7 @@ struct Kernels {
     void (*add_effects[2])(const AddEffectsCall&, int threads);
     void (*norm[2])(const NormCall&, int threads);
     void (*rotate[2])(const RotateCall&, int threads);
+    void (*gate_vjp[2])(const GateCall&, int threads);
     void (*linear[2])(const LinearCall&, int threads);
     void (*exponential[2])(const void* in, void* out, Index count);
 };

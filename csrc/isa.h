@@ -6,6 +6,7 @@
 #include "node_effects.h"
 #include "add_effects.h"
 #include "norm.h"
+#include "gate.h"
 #include "product.h"
 #include "linear.h"
 #include "attention.h"
@@ -32,6 +33,7 @@ const Kernels kernels = {
     {add_effects<float>, add_effects<double>},
     {norm<float>, norm<double>},
     {rotate<float>, rotate<double>},
+    {gate_vjp<float>, gate_vjp<double>},
     {linear<float>, linear<double>},
     {exponential<float>, exponential<double>},
 };

@@ -21,7 +21,7 @@ head; head_dim elements and (2 v_dim + 4) float32 per query.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -166,6 +166,10 @@ def _attention_fwd_kernel(
     top_key_ptr,
     loo_logsumexp_ptr,
     loo_z_ptr,
+    out_ptr,
+    stride_ob,
+    stride_oh,
+    stride_om,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -279,8 +283,11 @@ def _attention_fwd_kernel(
     tl.store(logsumexp_ptr + row + offs_m, logsumexp, mask=inside)
     tl.store(loo_logsumexp_ptr + row + offs_m, loo_logsumexp, mask=inside)
     tl.store(top_key_ptr + row + offs_m, top.to(tl.int64), mask=inside)
-    store_rows(z_ptr + row * V_DIM, offs_m, queries, z, V_DIM, BLOCK_V)
-    store_rows(loo_z_ptr + row * V_DIM, offs_m, queries, loo_z, V_DIM, BLOCK_V)
+    store_rows(z_ptr + row * V_DIM, offs_m, queries, V_DIM, z, V_DIM, BLOCK_V)
+    store_rows(loo_z_ptr + row * V_DIM, offs_m, queries, V_DIM, loo_z, V_DIM, BLOCK_V)
+    if out_ptr is not None:
+        out_ptr += batch_head // heads * stride_ob + head * stride_oh
+        store_rows(out_ptr, offs_m, queries, stride_om, z, V_DIM, BLOCK_V)
 
 
 _NARROW = {
@@ -332,21 +339,35 @@ def takes_raw(scoring: Scoring) -> bool:
     return scoring.softcap is None and scoring.scale > 0
 
 
+def rounded_arguments(out: Tensor | None) -> dict[str, Any]:
+    """Where z is stored in out's dtype too: (batch, heads, queries, v_dim), its rows contiguous."""
+    steps = dict.fromkeys(("stride_ob", "stride_oh", "stride_om"), 0)
+    if out is not None:
+        steps = dict(zip(steps, out.stride(), strict=False))
+    return {"out_ptr": out, **steps}
+
+
 def launch_attention(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, blocks: Blocks | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    *,
+    out: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Outputs:
-    """Attention output before rounding to q's dtype, and its row statistics."""
+    """Attention output before rounding to q's dtype, and its row statistics; out: see rounded_arguments."""
     sizes = sizes_of(q, k, v)
     rows = (sizes.batch, sizes.heads, sizes.queries)
-    out = Outputs(
+    found = Outputs(
         torch.empty((*rows, sizes.v_dim), dtype=torch.float32, device=q.device),
         torch.empty(rows, dtype=torch.float32, device=q.device),
         torch.empty(rows, dtype=torch.int64, device=q.device),
         torch.empty(rows, dtype=torch.float32, device=q.device),
         torch.empty((*rows, sizes.v_dim), dtype=torch.float32, device=q.device),
     )
-    if out.logsumexp.numel() == 0:
-        return out
+    if found.logsumexp.numel() == 0:
+        return found
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -354,11 +375,12 @@ def launch_attention(
         "sinks_ptr": None
         if scoring.sinks is None
         else scoring.sinks.to(torch.float32).contiguous(),
-        "z_ptr": out.z,
-        "logsumexp_ptr": out.logsumexp,
-        "top_key_ptr": out.top_key,
-        "loo_logsumexp_ptr": out.loo_logsumexp,
-        "loo_z_ptr": out.loo_z,
+        "z_ptr": found.z,
+        "logsumexp_ptr": found.logsumexp,
+        "top_key_ptr": found.top_key,
+        "loo_logsumexp_ptr": found.loo_logsumexp,
+        "loo_z_ptr": found.loo_z,
+        **rounded_arguments(out),
         **strides("q", q, "bhmd"),
         **strides("k", k, "bhnd"),
         **strides("v", v, "bhnd"),
@@ -375,4 +397,4 @@ def launch_attention(
         choices,
         q,
     )
-    return out
+    return found

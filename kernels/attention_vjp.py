@@ -24,7 +24,6 @@ More than 400 lines: the kernels share one derivation, and Triton wants every po
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -207,14 +206,16 @@ def _attention_vjp_key_kernel(
         real = tl.load(masks, mask=real, other=0) != 0
     for c in tl.static_range(CHUNK):
         if first + c < cotangents:
-            row = ((part * cotangents + first + c) * batches + batch) * kv_heads + kv_head
-            row *= keys
+            # heads side by side, as the products behind read them
+            row = ((part * cotangents + first + c) * batches + batch) * keys * kv_heads + kv_head
             if grad_k_ptr is not None:
                 dk = tl.where(real[:, None], grad_k[c] * scale, 0.0)
-                store_rows(grad_k_ptr + row * HEAD_DIM, offs_n, keys, dk, HEAD_DIM, BLOCK_D)
+                k_out = grad_k_ptr + row * HEAD_DIM
+                store_rows(k_out, offs_n, keys, kv_heads * HEAD_DIM, dk, HEAD_DIM, BLOCK_D)
             if grad_v_ptr is not None:
                 dv = tl.where(real[:, None], grad_v[c], 0.0)
-                store_rows(grad_v_ptr + row * V_DIM, offs_n, keys, dv, V_DIM, BLOCK_V)
+                v_out = grad_v_ptr + row * V_DIM
+                store_rows(v_out, offs_n, keys, kv_heads * V_DIM, dv, V_DIM, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])
@@ -338,9 +339,11 @@ def _attention_vjp_query_kernel(
 
     for c in tl.static_range(CHUNK):
         if first + c < cotangents:
-            out = ((first + c) * batches * heads + batch_head) * queries * HEAD_DIM
+            # heads side by side, as the products behind read them
+            out = ((first + c) * batches * heads + batch_head - head) * queries + head
+            out_ptr = grad_q_ptr + out * HEAD_DIM
             dq = grad_q[c] * scale
-            store_rows(grad_q_ptr + out, offs_m, queries, dq, HEAD_DIM, BLOCK_D)
+            store_rows(out_ptr, offs_m, queries, heads * HEAD_DIM, dq, HEAD_DIM, BLOCK_D)
 
 
 # bytes of a padded head from which grad_k and grad_v no longer fit the registers together
@@ -436,15 +439,15 @@ def launch_key_gradients(
     blocks: Blocks | None = None,
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_k and grad_v; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2 (row_dots.py).
+    """grad_k and grad_v, heads side by side in memory; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2
+    (row_dots.py).
 
     parts: into how many a group's query heads go (launch.group_parts chooses).
     """
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
-    shape_k, shape_v = (cotangents, *k.shape), (cotangents, *v.shape)
-    if math.prod(shape_k) + math.prod(shape_v) == 0:
-        return k.new_empty(shape_k), v.new_empty(shape_v)
+    if (k.numel() + v.numel()) * cotangents == 0:
+        return tuple(x.new_empty((cotangents, *x.shape)) for x in (k, v))
     choices = shared_out(candidates(KEY_CONFIGS, q, sizes.head_dim, sizes.v_dim), cotangents)
     choices = (blocks,) if blocks else choices
     heads = sizes.batch * sizes.kv_heads
@@ -454,8 +457,9 @@ def launch_key_gradients(
 
     parts = parts or group_parts(programs(choices[0]), sizes, q)
     wide = k.dtype if parts == 1 else torch.float32
-    grad_k = torch.empty((parts, *shape_k), dtype=wide, device=k.device)
-    grad_v = torch.empty((parts, *shape_v), dtype=wide, device=v.device)
+    rows = (parts, cotangents, sizes.batch, sizes.keys, sizes.kv_heads)
+    grad_k = torch.empty((*rows, sizes.head_dim), dtype=wide, device=k.device)
+    grad_v = torch.empty((*rows, sizes.v_dim), dtype=wide, device=v.device)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -480,9 +484,8 @@ def launch_key_gradients(
         for absent in ("grad_k_ptr", "grad_v_ptr"):
             without = {**arguments, absent: None}
             run(_attention_vjp_key_kernel, programs, without, choices, q, parts)
-    if parts == 1:
-        return grad_k[0], grad_v[0]
-    return grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)
+    grads = (g[0] if parts == 1 else g.sum(0).to(k.dtype) for g in (grad_k, grad_v))
+    return tuple(g.transpose(2, 3) for g in grads)
 
 
 def launch_query_gradients(
@@ -496,12 +499,13 @@ def launch_query_gradients(
     *,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """grad_q; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2 (row_dots.py)."""
+    """grad_q, heads side by side in memory; mean is D, (C, batch, heads, queries) float32, logsumexp to the base 2 (row_dots.py)."""
     sizes = sizes_of(q, k, v)
     cotangents = grad_z.shape[0]
-    grad_q = torch.empty((cotangents, *q.shape), dtype=q.dtype, device=q.device)
+    shape = (cotangents, sizes.batch, sizes.queries, sizes.heads, sizes.head_dim)
+    grad_q = torch.empty(shape, dtype=q.dtype, device=q.device)
     if grad_q.numel() == 0:
-        return grad_q
+        return grad_q.transpose(2, 3)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -526,7 +530,7 @@ def launch_query_gradients(
         return cdiv(sizes.queries, b.block_m) * heads * cdiv(cotangents, b.chunk)
 
     run(_attention_vjp_query_kernel, programs, arguments, (blocks,) if blocks else choices, q)
-    return grad_q
+    return grad_q.transpose(2, 3)
 
 
 def launch_attention_vjp(

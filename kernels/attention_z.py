@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atp_fast.kernels.attention import logit_unit, query_block, takes_raw, tile_logits
+from atp_fast.kernels.attention import (
+    logit_unit,
+    query_block,
+    rounded_arguments,
+    takes_raw,
+    tile_logits,
+)
 from atp_fast.kernels.launch import (
     Blocks,
     Scoring,
@@ -44,6 +50,10 @@ def _attention_z_kernel(
     mask_ptr,
     z_ptr,
     logsumexp_ptr,
+    out_ptr,
+    stride_ob,
+    stride_oh,
+    stride_om,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -114,7 +124,11 @@ def _attention_z_kernel(
     logsumexp = tl.where(empty, float("-inf"), (largest * unit + tl.log2(total)) / LOG2_E)
     row = batch_head * queries
     tl.store(logsumexp_ptr + row + offs_m, logsumexp, mask=offs_m < queries)
-    store_rows(z_ptr + row * V_DIM, offs_m, queries, z / total[:, None], V_DIM, BLOCK_V)
+    z = z / total[:, None]
+    store_rows(z_ptr + row * V_DIM, offs_m, queries, V_DIM, z, V_DIM, BLOCK_V)
+    if out_ptr is not None:
+        out_ptr += batch_head // heads * stride_ob + head * stride_oh
+        store_rows(out_ptr, offs_m, queries, stride_om, z, V_DIM, BLOCK_V)
 
 
 _NARROW = {
@@ -153,9 +167,15 @@ CONFIGS = {
 
 
 def launch_attention_z(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, blocks: Blocks | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    *,
+    out: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z before rounding to q's dtype, and logsumexp."""
+    """z before rounding to q's dtype, and logsumexp; out: see attention.rounded_arguments."""
     sizes = sizes_of(q, k, v)
     rows = (sizes.batch, sizes.heads, sizes.queries)
     z = torch.empty((*rows, sizes.v_dim), dtype=torch.float32, device=q.device)
@@ -170,6 +190,7 @@ def launch_attention_z(
         "sinks_ptr": None if sinks is None else sinks.to(torch.float32).contiguous(),
         "z_ptr": z,
         "logsumexp_ptr": logsumexp,
+        **rounded_arguments(out),
         **strides("q", q, "bhmd"),
         **strides("k", k, "bhnd"),
         **strides("v", v, "bhnd"),

@@ -309,7 +309,7 @@ def _top_vectors_kernel(
     v = load_rows(v_ptr, at, keys, stride_vn, stride_vd, V_DIM, BLOCK_V).to(tl.float32)
     loo_z = load_rows(loo_z_ptr + row * V_DIM, offs_m, queries, V_DIM, 1, V_DIM, BLOCK_V)
     u = weight[:, None] * (v - loo_z)
-    store_rows(out_ptr + row * V_DIM, offs_m, queries, u, V_DIM, BLOCK_V)
+    store_rows(out_ptr + row * V_DIM, offs_m, queries, V_DIM, u, V_DIM, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "window", "cotangents"])

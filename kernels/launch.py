@@ -264,7 +264,11 @@ def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Any:
 
 def _specialised(x: Any) -> Hashable:
     """What an argument's kernel may depend on. Triton tells fewer numbers apart: 1, multiples of 16, those beyond 32 bits."""
-    return (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+    if not isinstance(x, Tensor):
+        return x
+    # for AMD, kernels of tensors below 2 GiB are others
+    small = torch.version.hip is None or x.untyped_storage().nbytes() < 2**31
+    return x.dtype, x.data_ptr() % 16, small
 
 
 def run(
@@ -278,7 +282,7 @@ def run(
     """Start kernel on the device of `on` with one of the choices; programs gives their grid's size, of which there are `parts`.
 
     What was started before with the same numbers, and tensors of the same dtypes and alignments, is started as it was
-    compiled then.
+    compiled then, whatever Triton's knobs for compiling say now.
     """
     blocks = choices[0]
     tunes = on.is_cuda and len(choices) > 1 and programs(blocks) * parts >= _processors(on.device)

@@ -63,10 +63,10 @@ def row_products(
 
 
 @triton.jit
-def store_rows(base_ptr, offs_r, limit, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows offs_r of a contiguous matrix of DIM columns."""
+def store_rows(base_ptr, offs_r, limit, stride_r, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows offs_r of a matrix of DIM columns, each contiguous."""
     offs_d = tl.arange(0, BLOCK)
-    offsets = offs_r.to(tl.int64)[:, None] * DIM + offs_d[None, :]
+    offsets = offs_r.to(tl.int64)[:, None] * stride_r + offs_d[None, :]
     inside = (offs_r < limit)[:, None] & (offs_d < DIM)[None, :]
     tl.store(base_ptr + offsets, x.to(base_ptr.dtype.element_ty), mask=inside)
 

@@ -17,6 +17,7 @@ from atp_fast.kernels import (
     attention,
     attention_vjp,
     attention_z,
+    gate,
     key_patch_effects,
     launch,
     node_effects,
@@ -146,6 +147,11 @@ def _rotate(x: Tensors, blocks: Blocks) -> None:
     rotate.launch_rotate(heads, cos, cos, True, heads, blocks=blocks)
 
 
+def _gate_vjp(x: Tensors, blocks: Blocks) -> None:
+    h, grad = _stream(x)[0], _stream(x, COTANGENTS)[:, 0]
+    gate.launch_gate_vjp(h, h, grad, False, (grad, grad), blocks=blocks)
+
+
 def _by_size(blocks: Callable[[int], Blocks]) -> launch.Configs:
     return {(dtype, dim): (blocks(dim),) for dtype in DTYPES.values() for dim in DIMS}
 
@@ -185,6 +191,7 @@ KERNELS: dict[str, tuple[Callable[[Tensors, Blocks], None], launch.Configs]] = {
     "add_parts": (_add_parts, _one(add_effects.PART_BLOCKS)),
     "norm": (_norm, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
     "norm_vjp": (_norm_vjp, _by_size(lambda dim: norm.default_blocks(HEADS * dim))),
+    "gate_vjp": (_gate_vjp, _by_size(lambda dim: gate.default_blocks(HEADS * dim))),
     "rotate": (_rotate, _by_size(lambda dim: rotate.default_blocks(dim // 2))),
 }
 TILED = (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import atp_fast.hf.layers
 import served_models
 import tiny_models
 import zoo
@@ -186,10 +187,19 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("model_type", WRITES)
-def test_writes(model_type: str) -> None:
-    """AtP* and exact patching beside the naive code, whose hooks know the modules by name."""
-    model, kinds = tiny_models.build(model_type), WRITES[model_type]
+@pytest.mark.parametrize("model_type", [*WRITES, "nemotron_h, attention first"])
+def test_writes(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AtP* and exact patching beside the naive code, whose hooks know the modules by name.
+
+    Attention first: cotangents pass a layer without an MLP as they are, on their way to layers that have scores; where its norm
+    is its own code, more is added to them in place.
+    """
+    model_type, _, first = model_type.partition(", ")
+    order = {"layers_block_type": ["attention", "mlp"] * 2, "num_hidden_layers": 4} if first else {}
+    model, kinds = tiny_models.build(model_type, **order), WRITES[model_type]
+    if first:
+        monkeypatch.setattr(atp_fast.hf.layers, "find_norms", lambda layer: [])
+        kinds = ("q", "k", "v", "z", "neuron", "attn_out", "mlp_out", "resid_pre")
     if model_type == "gemma4_text":
         for layer in model.model.layers:
             layer.layer_scalar.fill_(0.7)

@@ -290,6 +290,15 @@ def test_many_pairs_keep_to_the_budget_of_patching() -> None:
 
 
 @PEAKS
+def test_long_shared_starts_are_kept_once_for_both_prompts() -> None:
+    """Keys and values of 600 positions ahead of the 8 that differ, where both prompts share a tape."""
+    case = {"method": "atp*", "pairs": 8, "positions": 608, "shared": 600, "budget": "1GiB"}
+    (found,) = measured("ten_layers", [case])
+    assert SweepPlan(*found["plan"]).together
+    assert found["peak"] <= 1.1 * found["estimate"], found
+
+
+@PEAKS
 @pytest.mark.parametrize("name", CASES)
 def test_estimates_are_within_15_percent_of_measured_peaks(name: str) -> None:
     """Of sweeps and of patching, which also keeps to its budget."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,6 +152,29 @@ class Moved(nn.Module):
         return nn.functional.silu(x.permute(1, 0, 2)).permute(1, 0, 2)
 
 
+class Turned(nn.Module):
+    """A norm of positions ahead of rows."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_norm_of_moved_rows_runs_prompts_apart() -> None:
+    model = zoo.build("llama", torch.float32)
+    pairs = zoo.mixed_pairs(model, "left")
+    right = Engine(model, "cpp").attribute(pairs, progress=False).contribution
+    layer = model.model.layers[1]
+    layer.input_layernorm = Turned(layer.input_layernorm).eval()
+    engine = Engine(model, "cpp")
+    assert [layer.together for layer in engine.plug.layers] == [True, False, True]
+    for kind, ours in engine.attribute(pairs, progress=False).contribution.items():
+        torch.testing.assert_close(ours, right[kind], rtol=2e-4, atol=2e-6)
+
+
 def test_a_layer_whose_rows_are_moved_runs_prompts_apart() -> None:
     model = zoo.build("llama", torch.float32)
     pairs, engine = zoo.mixed_pairs(model, "left"), Engine(model, "cpp")
@@ -162,6 +186,69 @@ def test_a_layer_whose_rows_are_moved_runs_prompts_apart() -> None:
     found = engine.attribute(pairs, progress=False).contribution
     for kind, ours in found.items():
         torch.testing.assert_close(ours, right[kind], rtol=2e-4, atol=2e-6)
+
+
+class Shaped(nn.Module):
+    """tanh, in the shapes that `shape` gives it."""
+
+    def __init__(self, shape: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shape(x)
+
+
+def tiled(x: torch.Tensor) -> torch.Tensor:
+    """64 tokens at a time: one tile at an engine's opening."""
+    parts = x.reshape(-1, x.shape[-1]).split(64)
+    return torch.cat([part.tanh() for part in parts]).view(x.shape)
+
+
+def chosen(x: torch.Tensor) -> torch.Tensor:
+    found, some = x.clone(), x[..., 0] > -1
+    found[some] = x[some].tanh()
+    return found
+
+
+NUMBER = torch.tensor(1.3, requires_grad=True)
+SHAPES: dict[str, Callable[[Any], torch.Tensor]] = {
+    "one by one": lambda x: torch.stack([row.tanh() for row in x]),
+    "tiles": tiled,
+    "chosen": chosen,
+    "times a number on the graph": lambda x: x.tanh() * NUMBER,
+}
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in one layer", "after the opening"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_shows_no_rows_is_exact(shape: str, where: str) -> None:
+    """Code that is not known to keep the prompts apart, and code that no opening has seen."""
+    model = zoo.build("gpt2", torch.float32)
+    pairs = zoo.random_pairs(model, 4, 20)
+    engine = Engine(model, "cpp") if where == "after the opening" else None
+    for layer in model.transformer.h[1 if where == "in one layer" else 0 :]:
+        layer.mlp.act = Shaped(SHAPES[shape]).eval()
+        if where == "in one layer":
+            break
+    engine = engine or Engine(model, "cpp")
+    found = engine.attribute(pairs, progress=False).contribution
+    for layer in engine.plug.layers:
+        layer.together = False
+    for kind, right in engine.attribute(pairs, progress=False).contribution.items():
+        assert (found[kind] - right).abs().max() <= 2e-5 * right.abs().max()
+
+
+def test_a_layer_that_fails_on_several_prompts_runs_them_apart() -> None:
+    def few(x: torch.Tensor) -> torch.Tensor:
+        assert len(x) <= 2, "no more"
+        return x.tanh()
+
+    model = zoo.build("gpt2", torch.float32)
+    model.transformer.h[0].mlp.act = Shaped(few).eval()
+    engine = Engine(model, "cpp")
+    assert not engine.plug.layers[0].together
+    engine.attribute(zoo.random_pairs(model, 1, 5), progress=False)
 
 
 def test_experts_run_prompts_apart() -> None:

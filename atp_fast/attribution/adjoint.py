@@ -4,9 +4,9 @@ Every gradient has a leading axis of cotangents. Steps that layers are made of h
 theirs, a static method `cotangents` beside `backward`; any other step is autograd's own, under torch.func.vmap. Sums of
 gradients are formed by the products and kernels themselves where those can add.
 
-Cotangents may be those of the first rows of the batch alone, one part of several: then every gradient has the first part of the
-axis behind the cotangents'. This holds where each row of a layer's input goes into the same row, or group of rows, of all that
-it computes.
+Cotangents may be those of the first rows of the batch alone, one part of several. Where every step keeps rows
+(attribution.row_steps), their gradients are those of the first part of the axis behind the cotangents'; in any other graph the
+other rows' cotangents are zeros.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from atp_fast import ops
+from atp_fast.attribution.row_steps import keeps_rows
 from atp_fast.ops.pending import Pending
 
 Edge = tuple[Any, int]
@@ -28,26 +30,45 @@ _Arrived = tuple[Tensor | Pending, bool]
 class Adjoint:
     """The steps of a graph from some outputs back to some tensors, walked for one set of cotangents after another."""
 
-    def __init__(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        backend: str = "auto",
+        parts: int = 1,
+    ) -> None:
+        """parts: cotangents are those of the first of so many equal parts of the batch."""
+        self._backend, self._parts = backend, parts
         self._roots = [_edge(x) for x in outputs]
         self._wanted = [_edge(x) for x in wanted]
         self._zeros = [(x.shape, x.dtype, x.device) for x in wanted]
-        self._rows = outputs[0].shape[0]
         targets: dict[Any, list[int]] = {}
         for node, number in dict.fromkeys(self._wanted):
             targets.setdefault(node, []).append(number)
+        self._targets = targets
         self._steps = _order([node for node, _ in self._roots], targets)
+        inner = (s for s in self._steps if s.inner and parts > 1)
+        self.keeps_rows = all(keeps_rows(s.node, s.name, s.targets, parts) for s in inner)
 
     def __call__(
         self, cotangents: Sequence[Tensor], ahead: Sequence[Tensor | None] = ()
     ) -> list[Tensor]:
         """Gradients of sum(cotangent * output) by `wanted`, (C, *shape) each.
 
-        cotangents: (C, *shape) per output, of the batch's first rows at least; ahead: what has arrived at the first of
-        `wanted` on other ways. It is added, and may be overwritten.
+        cotangents: (C, *shape) per output, of the first part of the batch; ahead: what has arrived at the first of `wanted` on
+        other ways. It is added, and may be overwritten.
         """
-        count, rows = cotangents[0].shape[:2]
-        sums, parts = _Sums(), self._rows // rows
+        if self.keeps_rows:
+            return self._walked(cotangents, ahead, self._parts)
+        whole = [_whole(c, self._parts) for c in cotangents]
+        before = [a if a is None else _whole(a, self._parts) for a in ahead]
+        found = self._walked(whole, before, 1)
+        return [g[:, : g.shape[1] // self._parts] for g in found]
+
+    def _walked(
+        self, cotangents: Sequence[Tensor], ahead: Sequence[Tensor | None], parts: int
+    ) -> list[Tensor]:
+        sums, count = _Sums(), len(cotangents[0])
         with torch.no_grad():
             for edge, given in zip(self._roots, cotangents, strict=True):
                 sums.add(edge, given, own=False)
@@ -60,7 +81,7 @@ class Adjoint:
                 for number in step.wanted:
                     if number in arrived:
                         found[step.node, number] = _kept(arrived, number)
-                if step.inner and arrived:
+                if step.inner and arrived and not self._gated(step, arrived, sums):
                     _walk(step, arrived, sums, parts)
         return [
             found[edge]
@@ -68,6 +89,40 @@ class Adjoint:
             else torch.zeros((count, *_part(shape, parts)), dtype=dtype, device=device)
             for edge, (shape, dtype, device) in zip(self._wanted, self._zeros, strict=True)
         ]
+
+    def _gated(self, step: _Step, arrived: dict[int, _Arrived], sums: _Sums) -> bool:
+        """Take gradients through a product with an activation and the activation at once, if that is what the step is."""
+        if step.name != "MulBackward0":
+            return False
+        saved = step.node._saved_other, step.node._saved_self  # of either factor: the other one
+        for factor, (node, _) in enumerate(step.targets):
+            activation = None if node is None or node in self._targets else _activation(node)
+            beside = step.targets[1 - factor]
+            if activation is None or beside[0] is None:
+                continue
+            gate, up = node._saved_self, saved[factor]
+            if gate.shape != up.shape or gate.dtype != up.dtype or not 2 <= gate.ndim <= 4:
+                continue
+            grad = _plain(arrived[0][0])
+            by_gate, by_up = ops.gate_vjp(
+                _rows(gate, grad),
+                _rows(up, grad),
+                grad,
+                activation=activation,
+                backend=self._backend,
+            )
+            sums.add(node.next_functions[0], by_gate, True)
+            sums.add(beside, by_up, True)
+            return True
+        return False
+
+
+def _activation(node: Any) -> str | None:
+    """The activation of ops.gate_vjp that a step is."""
+    name = node.name()
+    if name == "GeluBackward0" and node._saved_approximate == "tanh":
+        return "gelu_tanh"
+    return "silu" if name == "SiluBackward0" else None
 
 
 def _edge(x: Tensor) -> Edge:
@@ -78,10 +133,11 @@ def _edge(x: Tensor) -> Edge:
 
 
 class _Step(NamedTuple):
-    """A step through which gradients pass: where it leads, the numbers of its outputs that are wanted, and whether it leads on
-    to others that are."""
+    """A step through which gradients pass, and its name: where it leads, the numbers of its outputs that are wanted, and whether
+    it leads on to others that are."""
 
     node: Any
+    name: str
     targets: tuple[Edge, ...]
     wanted: Sequence[int]
     inner: bool
@@ -99,7 +155,8 @@ def _order(roots: Iterable[Any], targets: dict[Any, list[int]]) -> list[_Step]:
                 inner = any(leads[n] for n, _ in behind if n is not None)
                 if inner or node in targets:
                     leads[node] = True
-                    done.append(_Step(node, behind, targets.get(node, ()), inner))
+                    wanted = targets.get(node, ())
+                    done.append(_Step(node, node.name(), behind, wanted, inner))
             elif node not in leads:
                 leads[node] = False
                 behind = node.next_functions
@@ -163,7 +220,7 @@ def _rows(saved: Tensor, grad: Tensor) -> Tensor:
 
 def _walk(step: _Step, arrived: dict[int, _Arrived], sums: _Sums, parts: int) -> None:
     """Take the gradients of a step's outputs to its inputs."""
-    node, name = step.node, step.node.name()
+    node, name = step.node, step.name
     rule = _RULES.get(name)  # of one output
     if rule is not None and not arrived[0][0].dtype.is_complex:  # rotations may be: conjugates
         found = rule(node, *arrived[0])

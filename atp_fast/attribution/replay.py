@@ -77,11 +77,11 @@ class Replays:
         """A call begins, outside `plug.plugged()`: recordings of a model that is not what it was are dropped."""
         with alone_with(plug.model):
             state = model_state(plug)
-        if state != self._state:
-            self._recorded.clear()
-            self._known.clear()
-            self._holds.clear()
-        self._state, self._room = state, budget.bytes
+            if state != self._state:
+                self._recorded.clear()
+                self._known.clear()
+                self._holds.clear()
+            self._state, self._room = state, budget.bytes
 
     def release(self) -> bool:
         """Drop all recordings; whether there were any."""

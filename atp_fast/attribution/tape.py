@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -52,6 +53,7 @@ class LayerTape:
         through the layer's linear maps in bfloat16; statistics: attention notes those of the key fix; rows: of the clean
         prompts, None where all are."""
         self.x, self._rows = x.detach().requires_grad_(), len(x) if rows is None else rows
+        self._how = plug.backend, len(x) // self._rows
         self.values: Values = {"resid_pre": self.x}
         visit = keeper(self.values, (*kinds, *ATTENTION_KINDS))
         self.run = LayerRun(
@@ -60,6 +62,12 @@ class LayerTape:
         narrow = NarrowCotangents() if precision == "bf16" else nullcontext()
         with torch.enable_grad(), narrow:
             self.out = plug.run_layer(number, self.x, arguments, self.run)
+        if prefix is not None and self._rows < len(x):
+            # of the corrupted prompts nothing is left but their own values
+            k, v = self.run.k, self.run.v
+            assert k is not None and v is not None
+            self.run.k, self.run.v = (t.detach()[: self._rows].clone() for t in (k, v))
+            self.run.prefix = None
 
     def clean(self, kind: str) -> Tensor:
         """Node values of the clean prompts."""
@@ -79,14 +87,23 @@ class LayerTape:
         return q, k, v, run.stats.rows(self._rows)
 
     def from_output(self, cotangents: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of the layer's output by `wanted`, the attention's output taken as given."""
-        return Adjoint([self.out], wanted)([cotangents])
+        """Gradients of the layer's output by `wanted`, the attention's output taken as given.
+
+        That by the layer's input is no part of the cotangents, even where these pass the layer unchanged.
+        """
+        grads = Adjoint([self.out], wanted, *self._how)([cotangents])
+        given = cotangents.untyped_storage().data_ptr()
+        return [
+            g.clone() if x is self.x and g.untyped_storage().data_ptr() == given else g
+            for x, g in zip(wanted, grads, strict=True)
+        ]
 
     def from_attention(self, grads: dict[str, Tensor], ahead: Tensor) -> Tensor:
         """Gradients of q, k, v at the positions that are run, by the layer's input, added to `ahead`, which may be
         overwritten."""
         values = [self.values[kind] for kind in grads]
-        return Adjoint(values, [self.x])(list(grads.values()), [ahead])[0]
+        walk = Adjoint(values, [self.x], *self._how)
+        return walk(list(grads.values()), [ahead])[0]
 
 
 def check_walk(plug: Plug) -> None:
@@ -125,24 +142,25 @@ def check_walk(plug: Plug) -> None:
 
 
 def _apart(plug: Plug, number: int, rows: Tensor, arguments: LayerArguments) -> bool:
-    """Whether half of a batch on a layer's tape cannot have cotangents of its own."""
+    """Whether half of a batch on a layer's tape does not have cotangents of its own, or has others than autograd's."""
     try:
         tape = LayerTape(plug, number, rows, arguments, None, ())
-        return _worst(plug, number, tape, len(rows) // 2) != 0
+        return _worst(plug, number, tape, 2) != 0
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # shapes that have no rows ahead
+    except Exception:  # of shapes that have no rows ahead; one prompt has gone through
         return True
 
 
-def _worst(plug: Plug, number: int, tape: LayerTape, rows: int) -> float:
-    """The largest error of gradients that the walk finds, as a share of the largest gradient; 0 within the tolerance."""
+def _worst(plug: Plug, number: int, tape: LayerTape, parts: int) -> float:
+    """The largest error of gradients that the walk finds for the first of so many parts of the batch, as a share of the largest
+    gradient; 0 within the tolerance, infinite where the parts are not kept apart."""
     run, plain = tape.run, torch.Generator().manual_seed(0)
     # heads of its own have cotangents of their own
     heads = torch.Generator().manual_seed(1 + plug.shares.part("q"))
     return max(
-        _compare(plug, number, rows, [tape.out], [*_present(run.z), tape.x], plain),
-        _compare(plug, number, rows, _present(run.q, run.k, run.v), [tape.x], heads),
+        _compare(plug, number, parts, [tape.out], [*_present(run.z), tape.x], plain),
+        _compare(plug, number, parts, _present(run.q, run.k, run.v), [tape.x], heads),
         key=lambda x: (x != x, x),
     )
 
@@ -154,15 +172,16 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 def _compare(
     plug: Plug,
     number: int,
-    rows: int,
+    parts: int,
     outputs: Sequence[Tensor],
     wanted: Sequence[Tensor],
     generator: torch.Generator,
 ) -> float:
-    """_worst of the walk from `outputs` to `wanted`, for cotangents of the first rows."""
+    """_worst of the walk from `outputs` to `wanted`."""
     outputs = [x for x in outputs if x.requires_grad]
     if not outputs:
         return 0.0
+    walk, rows = Adjoint(outputs, wanted, plug.backend, parts), len(outputs[0]) // parts
     cotangents = [torch.randn((2, rows, *x.shape[1:]), generator=generator).to(x) for x in outputs]
     whole = [torch.zeros_like(x) for x in outputs]
     for zeros, cotangent in zip(whole, cotangents, strict=True):
@@ -170,8 +189,8 @@ def _compare(
     own = torch.autograd.grad(
         outputs, wanted, whole, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    worst = 0.0
-    for ours, right in zip(Adjoint(outputs, wanted)(cotangents), own, strict=True):
+    worst = 0.0 if walk.keeps_rows else math.inf
+    for ours, right in zip(walk(cotangents), own, strict=True):
         error = plug.error(ours[0], right[:rows])
         if bool(right.any()) and not error <= plug.tolerance(right):
             worst = max(worst, error, key=lambda x: (x != x, x))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from atp_fast.ops.backends import availability, backend_for, load
 from atp_fast.ops.reference import DTYPES, AttentionEffects, AttentionStats, Norm, Scoring
-from atp_fast.ops.rows import add_effects, node_effects, norm, norm_vjp, rotate
+from atp_fast.ops.rows import add_effects, gate_vjp, node_effects, norm, norm_vjp, rotate
 
 __all__ = [
     "AttentionEffects",
@@ -36,6 +36,7 @@ __all__ = [
     "attention_vjp_effects",
     "availability",
     "backend_for",
+    "gate_vjp",
     "key_patch_effects",
     "node_effects",
     "norm",
@@ -102,7 +103,12 @@ def _check_attention(
             )
     default = max(head_dim, 1) ** -0.5
     return Scoring(
-        default if scale is None else float(scale), causal, window, softcap, sinks, key_mask
+        default if scale is None else float(scale),
+        causal,
+        window,
+        None if softcap is None else float(softcap),
+        sinks,
+        key_mask,
     )
 
 

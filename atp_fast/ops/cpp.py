@@ -267,12 +267,12 @@ def add_effects(
     )
 
 
-def _norm_sizes(x: Tensor, cotangents: int) -> tuple[int, int, int, int, int]:
+def _row_sizes(x: Tensor, cotangents: int) -> tuple[int, int, int, int, int]:
     a, b, c = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
     return cotangents, a, b, c, x.shape[-1]
 
 
-def _norm_passed(x: Tensor, cotangents: bool) -> _Passed:
+def _row_passed(x: Tensor, cotangents: bool) -> _Passed:
     """A tensor as five axes: cotangents, three leading ones, the width."""
     address, dtype, steps = _passed(x)
     ahead, steps = (steps[:1], steps[1:]) if cotangents else ((0,), steps)
@@ -291,10 +291,10 @@ def norm(
     bias = None if bias is None else bias.to(dtype)
     addresses = (weight.data_ptr(), _address(bias), _address(mean), rstd.data_ptr(), 0)
     _C.norm(
-        _norm_sizes(x, 1),
-        _norm_passed(x, False),
+        _row_sizes(x, 1),
+        _row_passed(x, False),
         _NOTHING,
-        _norm_passed(y, False),
+        _row_passed(y, False),
         addresses,
         how.eps,
         how.offset,
@@ -319,10 +319,10 @@ def norm_vjp(
     before = None if before is None else before.contiguous()
     addresses = (weight.data_ptr(), 0, _address(mean), rstd.data_ptr(), _address(before))
     _C.norm(
-        _norm_sizes(x, len(grad)),
-        _norm_passed(x, False),
-        _norm_passed(grad, True),
-        _norm_passed(out, True),
+        _row_sizes(x, len(grad)),
+        _row_passed(x, False),
+        _row_passed(grad, True),
+        _row_passed(out, True),
         addresses,
         how.eps,
         how.offset,
@@ -346,3 +346,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def gate_vjp(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients by gate and by up of every cotangent."""
+    shape = (len(grad), *gate.shape)
+    by_gate, by_up = (torch.empty(shape, dtype=gate.dtype) for _ in range(2))
+    _C.gate_vjp(
+        _row_sizes(gate, len(grad)),
+        _row_passed(gate, False),
+        _row_passed(up, False),
+        _row_passed(grad, True),
+        activation == "gelu_tanh",
+        _row_passed(by_gate, True),
+        _row_passed(by_up, True),
+        torch.get_num_threads(),
+    )
+    return by_gate, by_up

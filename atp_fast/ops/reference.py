@@ -8,6 +8,7 @@ grad_z at the end, effects stay wide.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -366,3 +367,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
     else:
         part = part * cos + swapped(part) * sin
     return torch.cat([part.to(x.dtype), rest], -1)
+
+
+def gate_vjp(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """grad up activation'(gate) and grad activation(gate), per cotangent."""
+    x = wide(gate)
+    if activation == "silu":
+        s = torch.sigmoid(x)
+        value, slope = x * s, s * (1 + x * (1 - s))
+    else:
+        factor = math.sqrt(2 / math.pi)
+        t = torch.tanh(factor * (x + 0.044715 * x**3))
+        value = x * (1 + t) / 2
+        slope = (1 + t) / 2 + x * (1 - t * t) / 2 * factor * (1 + 3 * 0.044715 * x * x)
+    return (wide(grad) * (slope * wide(up))).to(gate.dtype), (wide(grad) * value).to(gate.dtype)

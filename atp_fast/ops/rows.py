@@ -128,24 +128,26 @@ def add_effects(
     )
 
 
-def _check_like(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+def _check_like(
+    name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...], whose: str = "x"
+) -> None:
     if x is None:
         return
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
-            f"{name} must be {like.dtype} on {like.device} as x is, got {x.dtype} on {x.device}"
+            f"{name} must be {like.dtype} on {like.device} as {whose} is, got {x.dtype} on {x.device}"
         )
 
 
-def _check_rows(x: Tensor) -> None:
+def _check_rows(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if not 2 <= x.ndim <= 4:
-        raise ValueError(f"x must have two to four axes, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have two to four axes, got shape {tuple(x.shape)}")
 
 
 def norm(
@@ -162,7 +164,7 @@ def norm(
     0 where not), whether (x - mean) rstd is rounded to x's dtype, and the offset. rstd = 1 / sqrt(mean((x - mean)^2) + eps).
     Returns y, mean (None unless centred) and rstd, (...) in the accumulation dtype.
     """
-    _check_rows(x)
+    _check_rows("x", x)
     _check_like("weight", weight, x, x.shape[-1:])
     _check_like("bias", bias, x, x.shape[-1:])
     module = load(backend_for(x, backend))
@@ -185,7 +187,7 @@ def norm_vjp(
 
     mean, rstd: from `norm`; grad, before: (C, *x.shape). Returns the same shape, in x's dtype.
     """
-    _check_rows(x)
+    _check_rows("x", x)
     _check_like("weight", weight, x, x.shape[-1:])
     _check_like("grad", grad, x, (*grad.shape[:1], *x.shape))
     _check_like("before", before, x, tuple(grad.shape))
@@ -195,6 +197,32 @@ def norm_vjp(
         )
     module = load(backend_for(x, backend))
     found: Tensor = module.norm_vjp(x, weight, mean, rstd, grad, how, before)
+    return found
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def gate_vjp(
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    *,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Vector-Jacobian products of gated units, y = activation(gate) * up (arXiv 2002.05202), by gate and by up for C cotangents.
+
+    gate, up: (..., width), two to four axes, the same dtype; grad: (C, *gate.shape); activation: "silu" or "gelu_tanh".
+    Returns two of grad's shape, in gate's dtype, computed in the accumulation dtype.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be among {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_rows("gate", gate)
+    _check_like("up", up, gate, gate.shape, "gate")
+    _check_like("grad", grad, gate, (*grad.shape[:1], *gate.shape), "gate")
+    module = load(backend_for(gate, backend))
+    found: tuple[Tensor, Tensor] = module.gate_vjp(gate, up, grad, activation)
     return found
 
 

@@ -90,6 +90,7 @@ def calls_of(x: Inputs) -> dict[str, Callable[..., Any]]:
             ops.norm_vjp, x.q, weight, mean=None, rstd=rstd, grad=x.grad_z, how=how
         ),
         "rotate": partial(ops.rotate, x.q, cos, sin),
+        "gate_vjp": partial(ops.gate_vjp, x.q, x.q_corrupted, x.grad_z),
     }
 
 

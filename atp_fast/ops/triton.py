@@ -14,6 +14,7 @@ from atp_fast.kernels.attention import Outputs, launch_attention
 from atp_fast.kernels.attention_vjp import launch_attention_vjp
 from atp_fast.kernels.attention_vjp_effects import launch_attention_vjp_effects
 from atp_fast.kernels.attention_z import launch_attention_z
+from atp_fast.kernels.gate import launch_gate_vjp
 from atp_fast.kernels.key_patch_effects import launch_key_patch_effects
 from atp_fast.kernels.launch import INTERPRETED as INTERPRETED
 from atp_fast.kernels.launch import Scoring as KernelScoring
@@ -74,15 +75,15 @@ def attention(
     the leave-one-out rule if they are asked for."""
     width = _width(q, v)
     aligned = tuple(_aligned(x, width) for x in (q, k, v))
+    batch, heads, queries = q.shape[:3]
+    z = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
     if statistics:
-        out = launch_attention(*aligned, KernelScoring(*scoring))
+        out = launch_attention(*aligned, KernelScoring(*scoring), out=z)
         stats = AttentionStats(*out)._replace(z=_columns(out.z, v), loo_z=_columns(out.loo_z, v))
     else:
-        wide_z, logsumexp = launch_attention_z(*aligned, KernelScoring(*scoring))
+        wide_z, logsumexp = launch_attention_z(*aligned, KernelScoring(*scoring), out=z)
         stats = AttentionStats(_columns(wide_z, v), logsumexp, None, None, None)
-    batch, heads, queries, v_dim = stats.z.shape
-    z = torch.empty((batch, queries, heads, v_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    return z.copy_(stats.z), stats
+    return _columns(z, v), stats
 
 
 def attention_vjp(
@@ -228,4 +229,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
     shape = (outer, batch, positions, heads, dim)
     out = torch.empty(shape, dtype=x.dtype, device=x.device).transpose(2, 3)
     launch_rotate(x, cos, sin, adjoint, out)
+    return out
+
+
+def gate_vjp(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients by gate and by up of every cotangent."""
+    rows = tuple(
+        (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1]) for x in (gate, up)
+    )
+    grad = grad.contiguous()
+    out = torch.empty_like(grad), torch.empty_like(grad)
+    launch_gate_vjp(*rows, grad, activation == "gelu_tanh", out)
     return out
