@@ -122,6 +122,8 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
         x.transpose(0, 1).reshape(-1, 6).exp().view(3, -1, 6).transpose(0, 1)
     ),
     "number on the graph": lambda x: F.silu(x) * SCALE,
+    "vector on the graph": lambda x: x.exp() * SCALE.view(1, 1, 1),
+    "other groups of rows": lambda x: x.reshape(2, -1, 6).exp().view(x.shape),
     "along axes": lambda x: (
         x.softmax(-1).cumsum(1)
         - x.mean(-1, keepdim=True) / torch.where(x > 0, x, 2.0).unsqueeze(1).sum(1)
@@ -137,7 +139,11 @@ MIXING = ("broadcast", "mean of all")
 UNKNOWN = (
     *("product of two", "parts side by side", "complex rotation", "foreign function", "axes moved"),
     *("rows in tiles", "rows one by one", "chosen entries", "rows turned", "rows among others"),
-    *("number on the graph",),
+    *(
+        "number on the graph",
+        "vector on the graph",
+        "other groups of rows",
+    ),
 )
 
 
