@@ -8,7 +8,7 @@ Python and torch on one thread, kernels' own left out; the literal code's beside
 from __future__ import annotations
 
 import torch
-from launches import FAMILIES, METHODS, PHASES, host_seconds, per_layer
+from launches import FAMILIES, METHODS, PHASES, host_seconds, per_layer, started_seconds
 from rows import RESULTS, RowFile
 
 ROUNDS = 15
@@ -31,9 +31,12 @@ def main() -> None:
                     dtype="bfloat16",
                     metric="starts_per_layer",
                 )
-            for provider, seconds in host_seconds(family, method, ROUNDS).items():
+            seconds = host_seconds(family, method, ROUNDS)
+            if family == "llama":
+                seconds |= started_seconds(family, method, ROUNDS)
+            for provider, values in seconds.items():
                 file.add(
-                    seconds,
+                    values,
                     op="attribute, host",
                     provider=provider,
                     mode=method,

@@ -48,7 +48,7 @@ class Start(NamedTuple):
     programs: int
 
 
-class _StubDriver:
+class StubDriver:
     """The little of a driver that compiling asks for; one device number per target keeps their caches apart."""
 
     def __init__(self, name: str) -> None:
@@ -67,9 +67,16 @@ class _StubDriver:
 @contextmanager
 def stub_driver(name: str) -> Iterator[None]:
     """Triton's active driver is a stub of the target, for as long as the context lasts."""
+    with driver(StubDriver(name)):
+        yield
+
+
+@contextmanager
+def driver(active: StubDriver) -> Iterator[None]:
+    """Triton's active driver is this one, for as long as the context lasts."""
     # reset_active would look for a real driver
     previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_StubDriver(name))
+    triton.runtime.driver.set_active(active)
     try:
         yield
     finally:

@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import pkgutil
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import binaries
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from atp_fast import Engine, PromptPairs
+from atp_fast import Engine, PromptPairs, kernels
 from atp_fast.attribution import memory
 from atp_fast.attribution import sweep as sweeps
 from atp_fast.attribution.literal import literal_attribution
@@ -208,3 +212,65 @@ def _attribution(engine: Engine, method: str) -> Callable[[], object]:
 
 def _literal(engine: Engine) -> Callable[[], object]:
     return lambda: literal_attribution(engine.model, _pairs(), method="atp", nodes=NODE_KINDS)
+
+
+class _Driver(binaries.StubDriver):
+    """A driver to which kernels can be handed for a start, which takes no time."""
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 0, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 2**18},
+    )
+
+
+@contextlib.contextmanager
+def _driven(plain: bool) -> Iterator[None]:
+    """Inside, the Triton backend takes CPU tensors, and starts end at a driver that does nothing; plain: all by Triton's own way."""
+
+    def run(
+        kernel: Any, programs: Any, arguments: Any, choices: Any, on: Any, parts: int = 1
+    ) -> None:
+        blocks = choices[0]
+        options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+        meta = launch._meta(kernel, blocks)
+        kernel[programs(blocks), parts](**arguments, **meta, **options, enable_fp_fusion=True)
+
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(kernels.__path__)
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(binaries.driver(_Driver("sm_90")))
+        stack.enter_context(_stubbed(launch._start))
+        for module in modules if plain else ():
+            if getattr(module, "run", None) is launch.run:
+                stack.enter_context(mock.patch.object(module, "run", run))
+        yield
+
+
+def started_seconds(family: str, method: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds that the host takes per layer of a call, Triton's part of every start included, by atp_fast and with all starts by
+    Triton's own way, round by round."""
+    few, many = (_attribution(_engine(family, n), method) for n in _DEPTHS_IN_TIME)
+    ways = {"atp_fast triton, with starts": False, "atp_fast triton, with Triton's starts": True}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every effect is zero
+        for turn in range(rounds + 1):  # the first compiles
+            for way, plain in ways.items():
+                with _driven(plain):
+                    seconds = [_seconds(call, 2) for call in (few, many)]
+                if turn:
+                    found[way].append(
+                        (seconds[1] - seconds[0]) / (_DEPTHS_IN_TIME[1] - _DEPTHS_IN_TIME[0])
+                    )
+    return found
+
+
+def _seconds(call: Callable[[], object], times: int) -> float:
+    """Of the last of some calls."""
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+    return time.perf_counter() - began
