@@ -262,10 +262,8 @@ def _start(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Any:
     return kernel[grid](**arguments)
 
 
-def _specialised(x: Any) -> Hashable:
-    """What an argument's kernel may depend on. Triton tells fewer numbers apart: 1, multiples of 16, those beyond 32 bits."""
-    if not isinstance(x, Tensor):
-        return x
+def _specialised(x: Tensor) -> Hashable:
+    """What a tensor's kernel may depend on."""
     # for AMD, kernels of tensors below 2 GiB are others
     small = torch.version.hip is None or x.untyped_storage().nbytes() < 2**31
     return x.dtype, x.data_ptr() % 16, small
@@ -287,8 +285,10 @@ def run(
     blocks = choices[0]
     tunes = on.is_cuda and len(choices) > 1 and programs(blocks) * parts >= _processors(on.device)
     values = [arguments.get(name) for name in kernel.arg_names]
-    # an id, because a kernel's hash is that of its source; it lives as long as this module
-    key = (id(kernel), on.device, choices if tunes else blocks, *map(_specialised, values))
+    # an id, because a kernel's hash is that of its source; it lives as long as this module. Triton tells fewer numbers apart: 1,
+    # multiples of 16, those beyond 32 bits.
+    numbers = [_specialised(x) if isinstance(x, Tensor) else x for x in values]
+    key = (id(kernel), on.device, choices if tunes else blocks, *numbers)
     with torch.cuda.device_of(on):
         if (ready := _ready.get(key)) is not None:
             for number, value in ready.beside:

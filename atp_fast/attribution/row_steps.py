@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-# of one tensor, entry by entry
+# of one tensor, entry by entry, those between processes that share a model among them
 _EACH = frozenset(
-    "Abs Alias Clamp ClampMax ClampMin Clone Cos Erf Exp Gelu LeakyRelu Log Neg Relu Rsqrt Sigmoid Silu Sin Softplus Sqrt Tanh "
+    "_Entered _Left Abs Alias Clamp ClampMax ClampMin Clone Cos Erf Exp Gelu LeakyRelu Log Neg Relu Rsqrt Sigmoid Silu Sin Softplus Sqrt Tanh "
     "ToCopy".split()
 )
 # of several, entry by entry, each of which may be broadcast
