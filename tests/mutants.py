@@ -544,7 +544,7 @@ FAULTS = [
         "out_ptr += batch_head // heads * stride_ob",
         "INTERPRET tests/test_ops_triton.py",
     ),
-    Fault("kernels/launch.py", "choices if tunes else blocks, *map(", "*map(", READY),
+    Fault("kernels/launch.py", "choices if tunes else blocks, *numbers)", "*numbers)", READY),
     Fault(
         "kernels/launch.py",
         "ready.compiled[programs(ready.blocks), parts, 1](*values)",
