@@ -126,8 +126,16 @@ def test_a_rotation_of_one_tensor_stays_the_models() -> None:
         running.reset(token)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox", "opt"])
-def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, None) for family in ("gpt2", "llama", "gemma3", "gpt_neox", "opt")),
+        *((family, "bf16") for family in ("gpt2", "llama")),
+    ],
+)
+def test_prompts_run_together_score_as_apart(
+    family: str, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = zoo.build(family, torch.float32)
     pairs, whole, found = zoo.mixed_pairs(model, "left"), atp_fast.engine.sweep, []
 
@@ -139,7 +147,7 @@ def test_prompts_run_together_score_as_apart(family: str, monkeypatch: pytest.Mo
 
     for together in (True, False):
         monkeypatch.setattr(atp_fast.engine, "sweep", planned(together))
-        engine = Engine(model, "cpp")
+        engine = Engine(model, "cpp", precision)
         found.append(engine.attribute(pairs, progress=False).contribution)
     for kind, ours in found[0].items():
         torch.testing.assert_close(ours, found[1][kind], rtol=2e-4, atol=2e-6)
@@ -273,4 +281,4 @@ def test_prompts_run_together_where_starts_are_waited_for(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
     assert together(enough, 33) and together(enough, positions=257)
     assert not together(little)
-    assert not together(enough, precision="bf16")
+    assert together(enough, precision="bf16")

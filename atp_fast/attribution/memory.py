@@ -281,12 +281,8 @@ def plan_sweep(
         tapes = min(layers, int(budget.bytes * _AUTO_TAPE_SHARE) // tape)
     if offloaded:  # a tape would hold its layer's weights in memory
         tapes = 0
-    if (
-        tapes == layers
-        and size.precision is None
-        and saves_starts(plug.device, batch * size.positions)
-    ):
-        plan = SweepPlan(batch, chunk, 0, together=True, features=features)
+    if tapes == layers and saves_starts(plug.device, batch * size.positions):
+        plan = SweepPlan(batch, chunk, 0, size.precision, together=True, features=features)
         twins = layers * batch * size.positions * costs(plug, size.kinds).twin
         room = budget.bytes - (twins / _AUTO_TAPE_SHARE if budget.auto else 0)
         if estimate_sweep(plug, plan, size) <= room:
