@@ -110,9 +110,7 @@ class Engine:
         with self.plug.plugged(), _bar(progress, total, f"{method} layers") as bar:
             values: Iterable[tuple[Tensor, Tensor]]
             if plan.held is None:
-                run = sweep
-                if self._replays is not None:
-                    run = self._replays.sweep
+                run = sweep if self._replays is None else self._replays.sweep
                 values = (
                     run(
                         self.plug,

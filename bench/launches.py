@@ -18,7 +18,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -194,11 +193,7 @@ def host_seconds(family: str, method: str, rounds: int) -> dict[str, list[float]
     with _stubbed(lambda *_: _Compiled()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every effect is zero
         for turn in range(rounds + 1):  # the first makes ready
-            seconds: dict[tuple[str, int], float] = {}
-            for what, call in calls.items():
-                began = time.perf_counter()
-                call()
-                seconds[what] = time.perf_counter() - began
+            seconds = {what: _seconds(call, 1) for what, call in calls.items()}
             for provider, times in found.items():
                 if turn:
                     slope = (seconds[provider, many] - seconds[provider, few]) / (many - few)
@@ -212,16 +207,6 @@ def _attribution(engine: Engine, method: str) -> Callable[[], object]:
 
 def _literal(engine: Engine) -> Callable[[], object]:
     return lambda: literal_attribution(engine.model, _pairs(), method="atp", nodes=NODE_KINDS)
-
-
-class _Driver(binaries.StubDriver):
-    """A driver to which kernels can be handed for a start, which takes no time."""
-
-    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 0, 0, 1024),
-        get_device_properties=lambda _: {"max_shared_mem": 2**18},
-    )
 
 
 @contextlib.contextmanager
@@ -241,7 +226,7 @@ def _driven(plain: bool) -> Iterator[None]:
         for m in pkgutil.iter_modules(kernels.__path__)
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(binaries.driver(_Driver("sm_90")))
+        stack.enter_context(binaries.driver(binaries.StartDriver("sm_90")))
         stack.enter_context(_stubbed(launch._start))
         for module in modules if plain else ():
             if getattr(module, "run", None) is launch.run:
@@ -252,7 +237,8 @@ def _driven(plain: bool) -> Iterator[None]:
 def started_seconds(family: str, method: str, rounds: int) -> dict[str, list[float]]:
     """Seconds that the host takes per layer of a call, Triton's part of every start included, by atp_fast and with all starts by
     Triton's own way, round by round."""
-    few, many = (_attribution(_engine(family, n), method) for n in _DEPTHS_IN_TIME)
+    few, many = _DEPTHS_IN_TIME
+    calls = [_attribution(_engine(family, n), method) for n in (few, many)]
     ways = {"atp_fast triton, with starts": False, "atp_fast triton, with Triton's starts": True}
     found: dict[str, list[float]] = {way: [] for way in ways}
     with warnings.catch_warnings():
@@ -260,11 +246,9 @@ def started_seconds(family: str, method: str, rounds: int) -> dict[str, list[flo
         for turn in range(rounds + 1):  # the first compiles
             for way, plain in ways.items():
                 with _driven(plain):
-                    seconds = [_seconds(call, 2) for call in (few, many)]
+                    below, above = (_seconds(call, 2) for call in calls)
                 if turn:
-                    found[way].append(
-                        (seconds[1] - seconds[0]) / (_DEPTHS_IN_TIME[1] - _DEPTHS_IN_TIME[0])
-                    )
+                    found[way].append((above - below) / (many - few))
     return found
 
 

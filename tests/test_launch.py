@@ -3,7 +3,9 @@ gives, on a driver that notes what it is asked to start."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from atp_fast.kernels import launch
 from atp_fast.kernels.launch import Blocks
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import binaries
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="nothing is compiled")
 
@@ -46,21 +50,11 @@ class Launcher:
         self.started.append((self.binary, (x, y, z), arguments))
 
 
-class Driver:
+class Driver(binaries.StartDriver):
     launcher_cls = Launcher
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 0, 0, 1024),
-        get_device_properties=lambda _: {"max_shared_mem": 2**18},
-    )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
         return 77  # nobody else's cache of compiled kernels
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +70,8 @@ def own_ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(launch, "_start", noting)
     monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(Launcher, "started", [])
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())
-    yield own
-    triton.runtime.driver.set_active(before)
+    with binaries.driver(Driver("sm_90")):
+        yield own
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

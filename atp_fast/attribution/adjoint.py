@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from atp_fast import ops
-from atp_fast.attribution.row_steps import keeps_rows
+from atp_fast.attribution.row_steps import axis_of, keeps_rows, rule_of_ours
 from atp_fast.ops.pending import Pending
 
 Edge = tuple[Any, int]
@@ -218,6 +218,11 @@ def _rows(saved: Tensor, grad: Tensor) -> Tensor:
     return saved
 
 
+def _spread(saved: Tensor, grad: Tensor) -> Tensor:
+    """A step's tensor as its gradient's rows and cotangents have it."""
+    return _rows(saved, grad).expand_as(grad)
+
+
 def _walk(step: _Step, arrived: dict[int, _Arrived], sums: _Sums, parts: int) -> None:
     """Take the gradients of a step's outputs to its inputs."""
     node, name = step.node, step.name
@@ -230,7 +235,7 @@ def _walk(step: _Step, arrived: dict[int, _Arrived], sums: _Sums, parts: int) ->
                 if target[0] is not None and part is not None:
                     sums.add(target, part if exact else _fitted(part, target, parts), own)
             return
-    own_rule = getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
+    own_rule = rule_of_ours(node)
     if own_rule is not None:
         for target, part in zip(step.targets, own_rule(node, _plain(arrived[0][0])), strict=False):
             if target[0] is not None and part is not None:
@@ -306,9 +311,8 @@ _Rule = Callable[[Any, Any, bool], "list[_Part] | None"]
 
 def _axis(saved: int, grad: Tensor) -> int:
     """An axis of the step's output as one of its gradient, which has one more ahead."""
-    if saved >= 2**63:  # a negative number, saved as an unsigned one
-        saved -= 2**64
-    return saved + 1 if saved >= 0 else saved + grad.ndim
+    axis = axis_of(saved)
+    return axis + 1 if axis >= 0 else axis + grad.ndim
 
 
 def _add(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
@@ -374,28 +378,24 @@ def _addmm(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part] | None:
 
 def _gelu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = _plain(grad)
-    x = _rows(node._saved_self, plain).expand_as(plain)
-    approximate = node._saved_approximate
+    x, approximate = _spread(node._saved_self, plain), node._saved_approximate
     return [(torch.ops.aten.gelu_backward(plain, x, approximate=approximate), True)]
 
 
 def _silu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = _plain(grad)
-    return [
-        (torch.ops.aten.silu_backward(plain, _rows(node._saved_self, plain).expand_as(plain)), True)
-    ]
+    return [(torch.ops.aten.silu_backward(plain, _spread(node._saved_self, plain)), True)]
 
 
 def _relu(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = _plain(grad)
-    result = _rows(node._saved_result, plain).expand_as(plain)
+    result = _spread(node._saved_result, plain)
     return [(torch.ops.aten.threshold_backward(plain, result, 0), True)]
 
 
 def _tanh(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:
     plain = _plain(grad)
-    result = _rows(node._saved_result, plain).expand_as(plain)
-    return [(torch.ops.aten.tanh_backward(plain, result), True)]
+    return [(torch.ops.aten.tanh_backward(plain, _spread(node._saved_result, plain)), True)]
 
 
 def _power(node: Any, grad: Tensor | Pending, own: bool) -> list[_Part]:

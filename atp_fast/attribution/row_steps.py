@@ -7,13 +7,13 @@ known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # of one tensor, entry by entry, those between processes that share a model among them
 _EACH = frozenset(
-    "_Entered _Left Abs Alias Clamp ClampMax ClampMin Clone Cos Erf Exp Gelu LeakyRelu Log Neg Relu Rsqrt Sigmoid Silu Sin Softplus Sqrt Tanh "
-    "ToCopy".split()
+    "_Entered _Left Abs Alias Clamp ClampMax ClampMin Clone Cos Erf Exp Gelu LeakyRelu Log Neg Relu Rsqrt Sigmoid Silu Sin "
+    "Softplus Sqrt Tanh ToCopy".split()
 )
 # of several, entry by entry, each of which may be broadcast
 _OF_SEVERAL = frozenset("Add Div MaskedFill Maximum Minimum Mul Pow Rsub Sub Where".split())
@@ -27,16 +27,26 @@ _ALONG = frozenset(
 )
 
 
-def keeps_rows(node: Any, name: str, targets: Iterable[tuple[Any, int]], parts: int) -> bool:
+def rule_of_ours(node: Any) -> Callable[..., Any] | None:
+    """The adjoint of many cotangents that a function of ours brings, for a step that is one."""
+    return getattr(getattr(type(node), "_forward_cls", None), "cotangents", None)
+
+
+def axis_of(saved: int) -> int:
+    """An axis as a step saves it: a negative number as an unsigned one."""
+    return saved - 2**64 if saved >= 2**63 else saved
+
+
+def keeps_rows(node: Any, name: str, targets: Sequence[tuple[Any, int]], parts: int) -> bool:
     """Whether rows are ahead in a step's inputs if they are in its outputs, and each part of these is made of the same part of
     those; targets: the steps and output numbers that its inputs are."""
-    if getattr(getattr(type(node), "_forward_cls", None), "cotangents", None) is not None:
-        return True  # a function of ours
+    if rule_of_ours(node) is not None:
+        return True
     kind = name.rstrip("0123456789").removesuffix("Backward")
     if kind in _EACH:
         return True
     if kind in _OF_ROWS:
-        matrices = node.next_functions[1:] if kind == "Mm" else node.next_functions[::2]
+        matrices = targets[1:] if kind == "Mm" else targets[::2]
         return all(matrix is None for matrix, _ in matrices)
     if kind in _VIEWS:
         before = node._saved_self_sym_sizes
@@ -45,21 +55,20 @@ def keeps_rows(node: Any, name: str, targets: Iterable[tuple[Any, int]], parts: 
         out = node._input_metadata[0].shape
         shapes = (n._input_metadata[i].shape for n, i in targets if n is not None)
         return all(len(shape) == len(out) and shape[0] == out[0] for shape in shapes)
-    return kind in _ALONG and _is_behind(node, targets)
+    return kind in _ALONG and _is_behind(node, kind, targets)
 
 
-def _is_behind(node: Any, targets: Iterable[tuple[Any, int]]) -> bool:
+def _is_behind(node: Any, kind: str, targets: Sequence[tuple[Any, int]]) -> bool:
     """Whether none of the axes that a step goes along is the first."""
-    saved = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
-    if type(node).__name__ == "TransposeBackward0":
+    if kind == "Permute":
+        axes = [axis_of(a) for a in node._saved_dims]
+        return len(axes) > 0 and axes[0] in (0, -len(axes))
+    saved = getattr(node, "_saved_dim", None)
+    if kind == "Transpose":
         saved = node._saved_dim0, node._saved_dim1
     if saved is None:
         return False
-    axes = saved if isinstance(saved, (tuple, list)) else (saved,)
-    # a negative number is saved as an unsigned one
-    axes = [a - 2**64 if a >= 2**63 else a for a in axes]
-    if type(node).__name__ == "PermuteBackward0":
-        return len(axes) > 0 and axes[0] in (0, -len(axes))
+    axes = [axis_of(a) for a in (saved if isinstance(saved, (tuple, list)) else (saved,))]
     if not axes or min(axes) == 0:
         return False
     if min(axes) > 0:

@@ -60,7 +60,7 @@ class LayerRun:
     """One layer's run: what goes in beside its input, and what its attention and experts left behind.
 
     statistics: those of the key fix are noted; cut: z becomes a fresh leaf of the autograd graph; stop: the run ends once k
-    and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row;
+    and v are there, by Stopped; shape: (batch, positions) of the input, for code that sees its tokens in one row.
     """
 
     backend: str = "auto"
