@@ -112,7 +112,7 @@ void add_effects(const AddEffectsCall& call, int threads) {
     const Index count = std::max<Index>(call.width * call.dim, 1);
     Self self{call, std::max<Index>(Self::enough / count, 1), nullptr, 0};
     const Index units = divide_up(call.columns, self.columns_per_unit);
-    self.scratch_stride = (Self::scratch_rows(call) * Index(sizeof(R)) + 63) / 64 * 64;
+    self.scratch_stride = round_up(Self::scratch_rows(call) * Index(sizeof(R)), 64);
     threads = int(std::min<Index>(std::max(threads, 1), units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();

@@ -11,7 +11,7 @@ struct GateVjp {
 
     Index rows() const { return call.sizes[0] * call.sizes[1] * call.sizes[2]; }
     // of a row in the buffer: whole vectors
-    Index room() const { return round_up(call.width, Index(lanes<R>)); }
+    Index room() const { return round_up(call.width, lanes<R>); }
 
     // value = activation(x), slope = its derivative times up; x and value may be one
     void factors(const R* x, const R* up, R* value, R* slope) const {
@@ -59,7 +59,7 @@ void gate_vjp(const GateCall& call, int threads) {
     GateVjp<R> self{call, nullptr, 0};
     const Index units = divide_up(self.rows(), rows_per_unit);
     if (units == 0 || call.width == 0) return;
-    self.scratch_stride = round_up(5 * self.room() * Index(sizeof(R)), Index(64));
+    self.scratch_stride = round_up(5 * self.room() * Index(sizeof(R)), 64);
     threads = int(std::min<Index>(std::max(threads, 1), units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();

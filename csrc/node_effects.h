@@ -174,7 +174,7 @@ void node_effects(const NodeEffectsCall& call, int threads) {
     self.units = call.width == 1 ? self.rows / inner * divide_up(inner, self.strip)
                                  : divide_up(self.rows, self.run);
     self.scratch_stride =
-        ((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)) + 63) / 64 * 64;
+        round_up((self.abreast + 1) * std::max(call.width, self.strip) * Index(sizeof(R)), 64);
     threads = int(std::min<Index>(std::max(threads, 1), self.units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();

@@ -125,7 +125,7 @@ void norm(const NormCall& call, int threads) {
     Norm<R> self{call, nullptr, 0};
     const Index units = divide_up(self.rows(), rows_per_unit);
     if (units == 0 || call.width == 0) return;
-    self.scratch_stride = (4 * call.width * Index(sizeof(R)) + 63) / 64 * 64;
+    self.scratch_stride = round_up(4 * call.width * Index(sizeof(R)), 64);
     threads = int(std::min<Index>(std::max(threads, 1), units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();
@@ -189,7 +189,7 @@ void rotate(const RotateCall& call, int threads) {
     const Index units = call.outer * call.batch * call.positions;
     if (units == 0 || call.heads == 0 || call.dim == 0) return;
     Rotate<R> self{call, nullptr, 0};
-    self.scratch_stride = (2 * (call.dim + call.rotated) * Index(sizeof(R)) + 63) / 64 * 64;
+    self.scratch_stride = round_up(2 * (call.dim + call.rotated) * Index(sizeof(R)), 64);
     threads = int(std::min<Index>(std::max(threads, 1), units));
     Scratch scratch(self.scratch_stride * threads);
     self.scratch = scratch.data();
