@@ -88,7 +88,7 @@ LLAMA_70B = Shape(
 HUNDREDTH = Shape(
     "llama-0.7b-80l", 80, 832, 8, 1, 2912, 12826, 9, 8, 56 * 10**7, 16 * 10**7, 64 * 10**7
 )
-TINY = Shape("llama-tiny-12l", 12, 512, 8, 1, 1792, 1283, 8, 16, 26 * 10**6, 48 * 10**6, 2 * 10**7)
+TINY = Shape("llama-tiny-12l", 12, 512, 8, 1, 1792, 1283, 8, 16, 26 * 10**6, 46 * 10**6, 2 * 10**7)
 SHAPES = {shape.name: shape for shape in (LLAMA_70B, HUNDREDTH, TINY)}
 
 
